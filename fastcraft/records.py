@@ -1,0 +1,90 @@
+"""Data that the floors hand to each other: no behaviour beyond shape checks.
+
+Shape letters: B prompts, S segments of a prompt, L text length, D embedding width, K steps with gradient.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptBatch:
+    """Prompts of one micro-batch on one rank.
+
+    ``indices`` are global sample numbers (they count every sample of the run over all ranks and steps), from which
+    the noise of a sample is seeded: the same sample has the same noise at any world size.
+    """
+
+    prompts: list[str]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """Token ids of B prompts.
+
+    ``input_ids`` is ``(B, S, 77)`` int64; ``num_truncated`` counts the prompts that lost tokens.
+    """
+
+    input_ids: Tensor
+    num_truncated: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextKV:
+    """Keys and values of every cross-attention layer, projected once per prompt.
+
+    ``layers`` maps the layer's module name in the UNet to ``(key, value)``, each ``(N, L, C)``; N is the UNet's batch
+    (2B with guidance: unconditional rows first).
+    """
+
+    layers: Mapping[str, tuple[Tensor, Tensor]]
+
+    def flat(self) -> list[Tensor]:
+        """Every tensor in layer order: key, value, key, value, ..."""
+        return [tensor for pair in self.layers.values() for tensor in pair]
+
+    def detach(self) -> "TextKV":
+        """The same numbers, cut off from the text encoder."""
+        return TextKV(layers={name: (key.detach(), value.detach()) for name, (key, value) in self.layers.items()})
+
+
+KEEP = "keep"
+"""Keep every activation of the step."""
+RECOMPUTE = "recompute"
+"""Keep only the step's inputs; run the step again during backward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointPlan:
+    """What is kept and what is recomputed, per step with gradient (in order) and for the decode."""
+
+    steps: tuple[str, ...]
+    decode: str = RECOMPUTE
+    decode_micro_batch: int = 0  # images decoded at once; 0 = the whole batch
+
+    def __post_init__(self) -> None:
+        for treatment in (*self.steps, self.decode):
+            if treatment not in (KEEP, RECOMPUTE):
+                raise ValueError(f"CheckpointPlan: a treatment is {KEEP!r} or {RECOMPUTE!r}, got {treatment!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardOutput:
+    """Scores of B images: ``total`` ``(B,)`` float32 carries the gradient; ``parts`` are raw scores by reward name."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOutput:
+    """One loss to minimise: ``loss`` is a scalar tensor; ``metrics`` are detached scalars, left on the device."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
