@@ -36,6 +36,14 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptEmbeds:
+    """Encoded prompts: ``cond`` ``(B, L, D)``, ``uncond`` ``(1, L, D)`` of the empty prompt, None without guidance."""
+
+    cond: Tensor
+    uncond: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TextKV:
     """Keys and values of every cross-attention layer, projected once per prompt.
 
@@ -72,6 +80,28 @@ class CheckpointPlan:
         for treatment in (*self.steps, self.decode):
             if treatment not in (KEEP, RECOMPUTE):
                 raise ValueError(f"CheckpointPlan: a treatment is {KEEP!r} or {RECOMPUTE!r}, got {treatment!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trajectory:
+    """Which denoising steps run and which of them carry gradient.
+
+    ``num_steps`` steps are executed, counted from the noisiest; ``grad_steps`` are indices below it, ascending.
+    """
+
+    num_steps: int
+    grad_steps: tuple[int, ...] = ()
+    predict_original: bool = False  # the last executed step gives its x0 estimate instead of the next latents
+    input_grad: bool = True  # False: stop-gradient on the latents that enter the UNet
+    uncond_grad: bool = True  # False: stop-gradient on the unconditional prediction
+
+    def __post_init__(self) -> None:
+        if list(self.grad_steps) != sorted(set(self.grad_steps)) or any(
+            not 0 <= index < self.num_steps for index in self.grad_steps
+        ):
+            raise ValueError(
+                f"Trajectory: grad_steps must ascend within 0..{self.num_steps - 1}, got {self.grad_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,151 @@
+"""Load a Stable Diffusion 1.x or 2.x model: one of the two files that import diffusers.
+
+A folder as `StableDiffusionPipeline.save_pretrained` writes it, or a hub id, becomes frozen `Components`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcraft.diffusion.schedule import NoiseSchedule
+from fastcraft.errors import UserError
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """The parts of a latent diffusion model.
+
+    ``text_encoder`` is a float32 ``CLIPTextModel``; ``unet`` and ``vae`` are frozen, in eval mode, in the dtype asked
+    for. ``latent_shape`` is ``(C, H/8, W/8)`` for the resolution in use.
+    """
+
+    folder: Path
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    schedule: NoiseSchedule
+    latent_shape: tuple[int, int, int]
+
+
+def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Components:
+    """Load every part from ``path``, a folder or a hub id.
+
+    Args:
+        path: the pipeline folder or hub id.
+        dtype: of UNet and VAE; the text encoder is float32, because it will be trained.
+        device: where the parts go.
+        resolution: width and height of the pictures, pixels; 0 = the UNet's own.
+
+    Raises:
+        UserError: no such folder, a part missing or corrupt, weights that do not match the architecture, a pickle that
+            `weights_only` loading refuses, or a model that is not Stable Diffusion 1.x or 2.x.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = _local_folder(str(path))
+    _check_layout(folder)
+    unet = _load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
+    vae = _load(AutoencoderKL, folder / "vae", torch_dtype=dtype)
+    text_encoder = _load(CLIPTextModel, folder / "text_encoder", dtype=torch.float32)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"model.path: cannot load tokenizer or scheduler of {folder}: {_first_line(error)}") from error
+    for module in (unet, vae):
+        freeze(module).to(device)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = _latent_size(resolution, factor, unet.config.sample_size)
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise UserError(
+            f"model.path: the UNet reads text of width {unet.config.cross_attention_dim}, the text encoder gives "
+            f"{text_encoder.config.hidden_size}"
+        )
+    return Components(
+        folder=folder,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder.to(device).eval(),
+        tokenizer=tokenizer,
+        schedule=NoiseSchedule.from_diffusers(scheduler),
+        latent_shape=(unet.config.in_channels, size, size),
+    )
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode, no parameter requires gradient."""
+    return module.requires_grad_(False).eval()
+
+
+def _local_folder(path: str) -> Path:
+    """``path`` itself when it is a folder; else the hub snapshot of that id, downloaded if need be."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path: expected a model folder or a hub id 'owner/name', got {path!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                allow_patterns=["model_index.json", *(f"{part}/*" for part in PARTS)],
+                ignore_patterns=["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.fp16.*", "*non_ema*"],
+            )
+        )
+    except Exception as error:  # the hub client's errors share no base class
+        raise UserError(f"model.path: no folder {path!r}, and the hub gave: {_first_line(error)}") from error
+
+
+def _check_layout(folder: Path) -> None:
+    index = folder / "model_index.json"
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"model.path: {folder} has no readable model_index.json ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"model.path: {index} is not JSON: {error}") from error
+    if "text_encoder_2" in names or "text_encoder" not in names or "unet" not in names:
+        raise UserError(
+            f"model.path: expected a Stable Diffusion 1.x or 2.x folder, got {names.get('_class_name', 'unknown')!r}"
+        )
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            raise UserError(f"model.path: {folder} lacks the folder {part!r}")
+
+
+def _load(cls: Any, folder: Path, **kwargs: Any) -> Any:
+    """``from_pretrained`` that refuses weights which do not cover the architecture."""
+    try:
+        model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **kwargs)
+    except Exception as error:  # safetensors, pickle, OS and shape errors share no base class
+        raise UserError(f"model.path: cannot load {folder}: {_first_line(error)}") from error
+    missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
+    foreign = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+    if missing or foreign or info.get("mismatched_keys"):
+        raise UserError(
+            f"model.path: weights in {folder} do not match the architecture: {len(missing)} missing "
+            f"{sorted(missing)[:3]}, {len(foreign)} unexpected {sorted(foreign)[:3]}"
+        )
+    return model
+
+
+def _latent_size(resolution: int, factor: int, sample_size: int) -> int:
+    if not resolution:
+        return int(sample_size)
+    if resolution % (8 * factor):
+        raise UserError(f"model.resolution must be a multiple of {8 * factor}, got {resolution}")
+    return resolution // factor
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

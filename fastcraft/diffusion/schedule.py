@@ -1,0 +1,69 @@
+"""The noise schedule and the timestep grids: numbers only, no network."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastcraft.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseSchedule:
+    """Variance-preserving forward process.
+
+    ``alphas_cumprod[t]`` is the squared signal level after timestep t; ``final_alpha_cumprod`` is the level after the
+    last denoising step (1, or ``alphas_cumprod[0]`` for Stable Diffusion, whose ``set_alpha_to_one`` is false).
+    """
+
+    alphas_cumprod: tuple[float, ...]
+    final_alpha_cumprod: float
+    prediction_type: str = "epsilon"
+    steps_offset: int = 1
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any) -> "NoiseSchedule":
+        """The schedule of a diffusers ``DDIMScheduler``.
+
+        Raises:
+            UserError: its prediction type is neither epsilon nor v_prediction, or it clips or thresholds the sample.
+        """
+        config = scheduler.config
+        if config.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"scheduler: prediction_type must be 'epsilon' or 'v_prediction', got {config.prediction_type!r}"
+            )
+        return cls(
+            alphas_cumprod=tuple(scheduler.alphas_cumprod.tolist()),
+            final_alpha_cumprod=float(scheduler.final_alpha_cumprod),
+            prediction_type=config.prediction_type,
+            steps_offset=config.steps_offset,
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """1000 for every Stable Diffusion model."""
+        return len(self.alphas_cumprod)
+
+    def alpha_cumprod(self, timestep: int) -> float:
+        """Squared signal level at ``timestep``; below 0 it is the final one."""
+        return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
+
+
+def timestep_grid(schedule: NoiseSchedule, num_inference_steps: int, spacing: str) -> tuple[int, ...]:
+    """Timesteps visited, noisiest first.
+
+    ``trailing`` gives 999, 959, ..., 39 for 25 steps (TextCraftor) and 999, 979, ..., 19 for 50 (LongAlign);
+    ``leading`` gives 981, 961, ..., 1 for 50 (TexForce, and diffusers' default for Stable Diffusion 1.x).
+
+    Raises:
+        UserError: more steps than train timesteps, or an unknown spacing.
+    """
+    total = schedule.num_train_timesteps
+    if not 1 <= num_inference_steps <= total:
+        raise UserError(f"sampler.num_inference_steps must lie in 1..{total}, got {num_inference_steps}")
+    if spacing == "trailing":
+        ratio = total / num_inference_steps
+        return tuple(round(total - i * ratio) - 1 for i in range(num_inference_steps))
+    if spacing == "leading":
+        stride = total // num_inference_steps
+        return tuple(i * stride + schedule.steps_offset for i in reversed(range(num_inference_steps)))
+    raise UserError(f"sampler.timestep_spacing must be 'trailing' or 'leading', got {spacing!r}")

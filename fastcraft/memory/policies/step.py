@@ -1,0 +1,17 @@
+"""Checkpointing of every step: one latent kept per step, memory flat in the depth, one extra forward."""
+
+from fastcraft.records import RECOMPUTE, CheckpointPlan
+
+
+class RecomputeSteps:
+    """Keeps only each step's inputs (one latent per sample) and recomputes the step and the decode in backward.
+
+    TextCraftor and AlignProp do this. Since the state between steps is one latent, schemes with fewer checkpoints
+    (Chen et al. 2016, arXiv:1604.06174) save nothing here.
+    """
+
+    def plan(self, backprop_steps: int, *, decode_micro_batch: int = 0) -> CheckpointPlan:
+        """The plan for ``backprop_steps`` steps with gradient."""
+        return CheckpointPlan(
+            steps=(RECOMPUTE,) * backprop_steps, decode=RECOMPUTE, decode_micro_batch=decode_micro_batch
+        )

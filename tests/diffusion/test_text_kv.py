@@ -1,0 +1,74 @@
+"""Text projected once: the same prediction and the same gradient as the plain UNet."""
+
+import pytest
+import torch
+
+from fastcraft.diffusion.text_kv import project_text, use_text_kv
+from fastcraft.diffusion.unroll import predict_noise
+from fastcraft.errors import UserError
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_projected_text_equals_the_plain_unet(tiny_parts, guidance_scale):
+    torch.manual_seed(1)
+    unet, stock = tiny_parts.components.unet, tiny_parts.stock
+    latents = torch.randn(2, 4, 8, 8)
+    cond = torch.randn(2, 77, 32, requires_grad=True)
+    uncond = torch.randn(1, 77, 32, requires_grad=True)
+    plain_cond, plain_uncond = (x.detach().clone().requires_grad_() for x in (cond, uncond))
+
+    total, plain_total = torch.zeros(()), torch.zeros(())
+    text_kv = project_text(unet, cond, uncond if guidance_scale != 1 else None)
+    for t in (999, 519, 39):
+        ours = predict_noise(unet, latents, torch.tensor(t), text_kv, guidance_scale=guidance_scale)
+        if guidance_scale == 1:
+            plain = stock(latents, t, encoder_hidden_states=plain_cond).sample
+        else:
+            embeds = torch.cat([plain_uncond.expand(2, -1, -1), plain_cond])
+            e_u, e_c = stock(torch.cat([latents, latents]), t, encoder_hidden_states=embeds).sample.chunk(2)
+            plain = e_u + guidance_scale * (e_c - e_u)
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+        total, plain_total = total + ours.square().sum(), plain_total + plain.square().sum()
+
+    inputs = (cond, uncond) if guidance_scale != 1 else (cond,)
+    plain_inputs = (plain_cond, plain_uncond) if guidance_scale != 1 else (plain_cond,)
+    for ours, plain in zip(
+        torch.autograd.grad(total, inputs), torch.autograd.grad(plain_total, plain_inputs), strict=True
+    ):
+        assert plain.abs().max() > 1e-3
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+def test_text_is_projected_once_for_all_steps(tiny_parts):
+    unet = tiny_parts.components.unet
+    calls = []
+    for name, module in unet.named_modules():
+        if name.endswith("attn2.to_k"):
+            module.register_forward_hook(lambda *args: calls.append(1))
+    text_kv = project_text(unet, torch.randn(2, 77, 32))
+    for t in range(3):
+        predict_noise(unet, torch.randn(2, 4, 8, 8), torch.tensor(t), text_kv, guidance_scale=1)
+    assert len(calls) == len(text_kv.layers) > 0
+
+
+def test_uncond_grad_off_stops_only_the_unconditional_branch(tiny_parts):
+    unet = tiny_parts.components.unet
+    cond, uncond = torch.randn(1, 77, 32, requires_grad=True), torch.randn(1, 77, 32, requires_grad=True)
+    text_kv = project_text(unet, cond, uncond)
+    output = predict_noise(
+        unet, torch.randn(1, 4, 8, 8), torch.tensor(99), text_kv, guidance_scale=3, uncond_grad=False
+    )
+    grad_cond, grad_uncond = torch.autograd.grad(output.sum(), (cond, uncond), materialize_grads=True)
+    assert grad_cond.abs().sum() > 0
+    assert grad_uncond.abs().sum() == 0
+
+
+def test_missing_text_is_an_error(tiny_parts):
+    with pytest.raises(ValueError, match="got no text_kv"):
+        tiny_parts.components.unet(torch.randn(1, 4, 8, 8), 1, encoder_hidden_states=None)
+
+
+def test_unknown_attention_part_is_refused(tiny_parts):
+    tiny_parts.stock.mid_block.attentions[0].transformer_blocks[0].attn1.norm_q = torch.nn.LayerNorm(4)
+    with pytest.raises(UserError, match="has 'norm_q', which is not supported"):
+        use_text_kv(tiny_parts.stock)
