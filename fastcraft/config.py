@@ -163,6 +163,8 @@ class EvaluateConfig:
     """Prompt file of the evaluation; empty = the first prompts of prompts.path."""
     num_samples: int = 8
     """Pictures in the grid, on fixed prompts and seeds."""
+    batch_size: int = 16
+    """Pictures sampled at once per rank."""
     exam: str = ""
     """"package.module:function" of (images, prompts) -> {name: number}; "shapes" = the miniature world's judge."""
     exam_num_samples: int = 0
@@ -198,7 +200,7 @@ _AT_LEAST: dict[str, float] = {
     "train.num_steps": 1, "train.batch_size": 1, "train.gradient_accumulation_steps": 1, "train.seed": 0,
     "train.eps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0, "train.warmup_steps": 0,
     "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.max_bad_steps": 1,
-    "evaluate.every": 0, "evaluate.num_samples": 1, "evaluate.exam_num_samples": 0, "evaluate.trained_steps": 0,
+    "evaluate.every": 0, "evaluate.num_samples": 1, "evaluate.batch_size": 1, "evaluate.exam_num_samples": 0, "evaluate.trained_steps": 0,
 }  # fmt: skip
 _POSITIVE = ("text.lora_alpha", "objective.loss_scale", "train.learning_rate")
 

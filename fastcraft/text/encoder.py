@@ -62,6 +62,8 @@ def split_encoders(
     else:
         model.requires_grad_(True)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed this in 5.2x and warns about the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model.train(gradient_checkpointing)  # CLIP has no dropout in use; checkpointing acts in train mode only
     return TextEncoder(model), TextEncoder(original)

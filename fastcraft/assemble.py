@@ -1,0 +1,174 @@
+"""From a recipe to its parts: the only place that reads the whole recipe and hands plain arguments on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcraft.config import Recipe
+from fastcraft.data.prompts import load_prompts
+from fastcraft.diffusion.components import Components, load_components
+from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.diffusion.samplers import SAMPLERS
+from fastcraft.diffusion.text_kv import use_text_kv
+from fastcraft.errors import UserError
+from fastcraft.memory.policies import POLICIES
+from fastcraft.objectives import OBJECTIVES
+from fastcraft.objectives.reward_backprop import BackpropSettings
+from fastcraft.records import CheckpointPlan
+from fastcraft.registry import resolve
+from fastcraft.rewards import build_rewards
+from fastcraft.text.encoder import TextEncoder, split_encoders
+from fastcraft.text.prompt_encoder import PromptEncoder
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything one run is made of, before an engine is put around ``trained``."""
+
+    components: Components
+    trained: TextEncoder
+    original: TextEncoder
+    image_model: ImageModel
+    rewards: Any
+    prompts: list[str]
+    prompt_notes: list[str]
+    evaluation_prompts: list[str]
+    exam: Callable[[Tensor, list[str]], dict[str, float]] | None
+    make_plan: Callable[[int], CheckpointPlan]
+
+
+def assemble(recipe: Recipe, *, device: torch.device, on_step: Callable[[], None] | None = None) -> Parts:
+    """Build every part of a run.
+
+    Args:
+        recipe: checked on construction.
+        device: where the networks go.
+        on_step: called before every denoising step, see `ImageModel`.
+
+    Raises:
+        UserError: a name, a file or a model that is not there or does not fit.
+    """
+    dtype = getattr(torch, recipe.train.dtype)
+    if not recipe.rewards:
+        raise UserError("rewards: at least one [[rewards]] table is required, got none")
+    policy = POLICIES.get(recipe.memory.policy)()
+    sampler_class = SAMPLERS.get(recipe.sampler.name)
+    OBJECTIVES.get(recipe.objective.name)
+    source = load_prompts(
+        prompt_file(recipe.prompts.path), column=recipe.prompts.column, max_characters=recipe.prompts.max_characters
+    )
+    exam = _exam(recipe.evaluate.exam)
+    model_path = SHAPES / "weights" / "pipeline" if recipe.model.path == "shapes" else recipe.model.path
+    components = load_components(model_path, dtype=dtype, device=device, resolution=recipe.model.resolution)
+    use_text_kv(components.unet)
+    torch.manual_seed(recipe.train.seed)  # the adapters' initialisation, equal on every rank
+    trained, original = split_encoders(
+        components.text_encoder,
+        train=recipe.text.train,
+        dtype=dtype,
+        lora_rank=recipe.text.lora_rank,
+        lora_alpha=recipe.text.lora_alpha,
+        gradient_checkpointing=recipe.text.gradient_checkpointing,
+    )
+    sampler = sampler_class(
+        components.schedule,
+        num_inference_steps=recipe.sampler.num_inference_steps,
+        eta=recipe.sampler.eta,
+        spacing=recipe.sampler.timestep_spacing,
+    )
+    return Parts(
+        components=components,
+        trained=trained,
+        original=original,
+        image_model=ImageModel(
+            unet=components.unet,
+            vae=components.vae,
+            sampler=sampler,
+            guidance_scale=recipe.sampler.guidance_scale,
+            latent_shape=components.latent_shape,
+            device=device,
+            on_step=on_step,
+        ),
+        rewards=build_rewards(
+            [(reward.name, reward.weight, reward.path, reward.options) for reward in recipe.rewards],
+            device=device,
+            dtype=dtype,
+            bundled=SHAPES / "weights" / "reward",
+        ),
+        prompts=list(source.prompts),
+        prompt_notes=source.notes(),
+        evaluation_prompts=_evaluation_prompts(recipe, list(source.prompts)),
+        exam=exam,
+        make_plan=partial(policy.plan, decode_micro_batch=recipe.memory.decode_micro_batch),
+    )
+
+
+def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tensor]) -> tuple[Any, PromptEncoder]:
+    """The objective over ``encode``, which is the engine's forward; and the prompt encoder that it uses."""
+    settings, text = recipe.objective, recipe.text
+    encoder = PromptEncoder(
+        parts.components.tokenizer,
+        trained=encode,
+        original=parts.original,
+        device=parts.image_model.device,
+        guided=recipe.sampler.guidance_scale != 1,
+        uncond_encoder=text.uncond_encoder,
+    )
+    objective = OBJECTIVES.get(settings.name)(
+        encoder,
+        parts.image_model,
+        rewards=parts.rewards,
+        make_plan=parts.make_plan,
+        settings=BackpropSettings(
+            backprop_steps=settings.backprop_steps,
+            truncation=settings.truncation,
+            truncation_std=settings.truncation_std,
+            early_stop_steps=settings.early_stop_steps,
+            input_grad=settings.input_grad,
+            uncond_grad=settings.uncond_grad,
+            prefix_encoder=text.prefix_encoder,
+            low_variance_draws=settings.low_variance_draws,
+            loss=settings.loss,
+            hinge_margin=settings.hinge_margin,
+            loss_scale=settings.loss_scale,
+            anchor_weight=settings.anchor_weight,
+        ),
+        seed=recipe.train.seed,
+    )
+    return objective, encoder
+
+
+def prompt_file(path: str) -> Path:
+    """A prompt file; ``shapes`` and ``shapes:NAME`` are those of the bundled miniature world.
+
+    Raises:
+        UserError: no bundled file of that name.
+    """
+    name, _, which = path.partition(":")
+    if name != "shapes":
+        return Path(path)
+    file = SHAPES / "prompts" / f"{which or 'train'}.txt"
+    if not file.is_file():
+        known = ", ".join(f"shapes:{other.stem}" for other in sorted(file.parent.glob("*.txt")))
+        raise UserError(f"prompts.path: unknown bundled prompts {path!r}; known: {known}")
+    return file
+
+
+def _evaluation_prompts(recipe: Recipe, prompts: list[str]) -> list[str]:
+    wanted = max(recipe.evaluate.num_samples, recipe.evaluate.exam_num_samples)
+    if recipe.evaluate.prompts:
+        prompts = list(load_prompts(prompt_file(recipe.evaluate.prompts), column=recipe.prompts.column).prompts)
+    return prompts[:wanted]
+
+
+def _exam(path: str) -> Callable[[Tensor, list[str]], dict[str, float]] | None:
+    if not path:
+        return None
+    return resolve("fastcraft.shapes.judge:exam" if path == "shapes" else path, "evaluate.exam")

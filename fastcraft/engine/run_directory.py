@@ -1,0 +1,109 @@
+"""The run directory: which one, whose it is, and who may write to it."""
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastcraft.config import Recipe, dump_recipe, load_recipe, recipe_to_tree
+from fastcraft.errors import UserError
+
+MAY_CHANGE = {
+    "train": {"num_steps", "checkpoint_every", "keep_checkpoints", "batch_size", "gradient_accumulation_steps"},
+    "memory": None,
+    "evaluate": None,
+    "kernels": None,
+}
+"""What a resumed run may set differently: sections (None) or keys that leave prompts, noise and method alone."""
+
+
+def choose_run_dir(given: str | None, *, recipe_name: str, resume: bool, root: Path = Path("runs")) -> Path:
+    """The directory of this run: ``given``, else the newest (resume) or the next free ``runs/<recipe>-NNN``.
+
+    Raises:
+        UserError: resume was asked for and there is nothing to resume.
+    """
+    if given:
+        return Path(given)
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(recipe_name).stem)[:80] or "run"
+    pattern = re.compile(re.escape(stem) + r"-(\d{3,})$")
+    numbers = sorted(int(m[1]) for path in root.glob(f"{stem}-*") if (m := pattern.match(path.name)))
+    if not resume:
+        return root / f"{stem}-{(numbers[-1] if numbers else 0) + 1:03d}"
+    if not numbers:
+        raise UserError(f"--resume: no run of recipe {recipe_name!r} in {root}{os.sep}; name one with --run-dir")
+    return root / f"{stem}-{numbers[-1]:03d}"
+
+
+def check_run_dir(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Whether ``recipe`` may run in ``run_dir``; touches nothing.
+
+    Raises:
+        UserError: it is a file, it holds another run, or there is nothing to resume in it.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir: expected a directory, got the file {str(run_dir)!r}")
+    stored = run_dir / "recipe.toml"
+    if not resume:
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(f"--run-dir: {str(run_dir)!r} is not empty; go on with --resume or name another directory")
+        return
+    if not stored.is_file():
+        raise UserError(f"--resume: {str(run_dir)!r} holds no run (no recipe.toml)")
+    differing = _differences(load_recipe(str(stored)), recipe)
+    if differing:
+        key, old, new = differing[0]
+        raise UserError(f"--run-dir: {str(run_dir)!r} belongs to another recipe: {key} is {old!r} there, {new!r} here")
+
+
+def write_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """Create the directory and put the resolved recipe in it.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = run_dir / ".recipe.toml.tmp"
+        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        temporary.replace(run_dir / "recipe.toml")
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot write {str(run_dir)!r}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the directory for this process.
+
+    Raises:
+        UserError: another process is training in it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--run-dir: another process is training in {str(run_dir)!r}") from error
+        yield
+
+
+def _differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """``(key, old, new)`` of settings that differ and must not."""
+    rows: list[tuple[str, Any, Any]] = []
+    old_tree, new_tree = recipe_to_tree(old), recipe_to_tree(new)
+    for section, content in new_tree.items():
+        free = MAY_CHANGE.get(section, set())
+        if free is None or content == old_tree[section]:
+            continue
+        if not isinstance(content, dict):
+            rows.append((section, old_tree[section], content))
+            continue
+        rows += [
+            (f"{section}.{key}", old_tree[section][key], value)
+            for key, value in content.items()
+            if value != old_tree[section][key] and key not in free
+        ]
+    return rows
