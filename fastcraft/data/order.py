@@ -1,0 +1,111 @@
+"""Which prompt and which noise a sample gets: functions of counters, so that any run can be resumed or split anew."""
+
+import hashlib
+from collections.abc import Sequence
+
+from fastcraft.errors import UserError
+from fastcraft.records import PromptBatch
+
+_MASK64 = (1 << 64) - 1
+_NUM_ROUNDS = 8
+_MIN_HALF_BITS = 4  # a Feistel network over fewer bits reaches too few orders of a handful of prompts
+
+
+def prompt_at(num_prompts: int, index: int, seed: int) -> int:
+    """The prompt of the sample numbered ``index``.
+
+    Samples ``e * num_prompts`` to ``(e + 1) * num_prompts - 1`` are epoch ``e``: each prompt once, in an order of that
+    epoch and ``seed`` alone. Nothing is stored, so ten million prompts cost what ten do.
+
+    Args:
+        num_prompts: at least 1.
+        index: global sample number, at least 0.
+        seed: of the run.
+
+    Returns:
+        A number in ``[0, num_prompts)``.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: a balanced Feistel network with cycle walking, Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains", sections 4 and 5; a shuffle, not a cipher.
+    """
+    if num_prompts < 1 or index < 0:
+        raise ValueError(f"prompt_at: need num_prompts >= 1 and index >= 0, got {num_prompts} and {index}")
+    epoch, value = divmod(index, num_prompts)
+    keys = [_hash64("order", seed, epoch, i) for i in range(_NUM_ROUNDS)]
+    half_bits = max(_MIN_HALF_BITS, ((num_prompts - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = value >> half_bits, value & mask
+        for key in keys:
+            left, right = right, left ^ (_mix64(key ^ right) & mask)
+        value = left << half_bits | right
+        if value < num_prompts:
+            return value
+
+
+def sample_seed(run_seed: int, index: int, stream: int = 0) -> int:
+    """Seed of the noise generator of one sample.
+
+    Args:
+        run_seed: of the run.
+        index: global sample number.
+        stream: tells apart several generators of one sample.
+
+    Returns:
+        A number in ``[0, 2**63)``, the same on every machine and at every world size.
+    """
+    return _hash64("noise", run_seed, index, stream) >> 1
+
+
+class PromptOrder:
+    """Batches of prompts in the order of `prompt_at`.
+
+    Sample numbers count over micro-steps and ranks, so runs with the same global batch ``world_size * batch_size *
+    accumulation`` see the same prompts, with the same sample numbers, in the same optimiser steps.
+
+    Args:
+        prompts: at least one.
+        seed: of the run.
+
+    Raises:
+        UserError: no prompts.
+    """
+
+    def __init__(self, prompts: Sequence[str], *, seed: int) -> None:
+        if not len(prompts):
+            raise UserError("prompts: at least one is needed, got none")
+        self.prompts = prompts
+        self.seed = seed
+
+    def batch(
+        self, step: int, micro_step: int, rank: int, *, world_size: int, batch_size: int, accumulation: int
+    ) -> PromptBatch:
+        """What ``rank`` works on in micro-step ``micro_step`` (of ``accumulation``) of optimiser step ``step``.
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        if not (0 <= rank < world_size and 0 <= micro_step < accumulation and step >= 0 and batch_size >= 1):
+            raise ValueError(
+                f"PromptOrder.batch: step {step}, micro_step {micro_step} of {accumulation}, "
+                f"rank {rank} of {world_size}, batch_size {batch_size}"
+            )
+        first = ((step * accumulation + micro_step) * world_size + rank) * batch_size
+        indices = list(range(first, first + batch_size))
+        prompts = [self.prompts[prompt_at(len(self.prompts), index, self.seed)] for index in indices]
+        return PromptBatch(prompts=prompts, indices=indices)
+
+
+def _hash64(*parts: str | int) -> int:
+    text = ":".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _mix64(value: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK64
+    return value ^ (value >> 31)
