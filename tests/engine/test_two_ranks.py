@@ -1,0 +1,114 @@
+"""Two CPU ranks against one: gradients, checkpoints, agreement."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastcraft.engine.agreement import agree
+from fastcraft.engine.checkpoint import find_checkpoint, load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_two_ranks(script: Path, *arguments: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Folder with the results of two_rank_job.py."""
+    return tmp_path_factory.mktemp("two_ranks")
+
+
+@pytest.fixture
+def results(job, make_text_model, input_ids, recipe):
+    if not (job / "checks-0.json").exists():
+        model = make_text_model()
+        sizes = [param.numel() for param in model.parameters()]
+        save_file({"input_ids": input_ids}, job / "batch.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, job / "weights.safetensors"
+        )
+        model.config.to_json_file(job / "config.json")
+        recipe |= {"num_parameters": sum(sizes), "largest_parameter": max(sizes)}
+        (job / "recipe.json").write_text(json.dumps(recipe))
+        run_two_ranks(Path(__file__).with_name("two_rank_job.py"), str(job), str(ROOT / "ds_configs"))
+    return [json.loads((job / f"checks-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("run", "tolerance"),
+    [("zero2", 1e-6), ("zero2_accumulated", 1e-6), ("zero1_accumulated", 1e-6), ("zero2_bf16", 5e-2)],
+)
+def test_two_ranks_have_the_gradient_of_the_joined_batch(run, tolerance, job, results, make_text_model, input_ids):
+    model = make_text_model()
+    model(input_ids).last_hidden_state.pow(2).mean().backward()
+    expected = {name: param.grad for name, param in model.named_parameters()}
+    gradients = load_file(job / f"{run}.safetensors")
+    assert gradients.keys() == expected.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).abs().max() <= tolerance * scale, name
+        assert gradient.abs().max() > 0, name
+
+
+def test_losses_continue_to_the_last_bit_at_the_same_world_size(results):
+    for checks in results:
+        assert checks["continues"]
+        assert checks["same_state"]
+
+
+def test_two_ranks_go_on_as_one(job, results, make_engine, micro_step, input_ids):
+    checkpoint = load_checkpoint(find_checkpoint(job / "checkpoints")[0], rank=0, world_size=1)
+    assert checkpoint.rank_tensors is None
+    assert checkpoint.world_size == 2
+    assert checkpoint.state == {"next_prompt": 16}
+    engine = make_engine(batch_size=8)
+    engine.load_state(checkpoint.tensors)
+    state = engine.state()
+    assert state.keys() == checkpoint.tensors.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in checkpoint.tensors.items())
+    assert engine.num_updates == 2
+    micro_step(engine, input_ids)
+    assert engine.step().took_step
+
+
+def test_every_rank_hears_a_flag_of_any(results):
+    assert [checks["agree"] for checks in results] == [[True, True, False]] * 2
+    assert agree([True, False]) == [True, False]
+
+
+def test_a_rank_that_cannot_write_fails_the_save_of_all(results):
+    for checks in results:
+        assert "step 3 failed" in checks["failed_together"]
+        assert checks["left"] == ["step-000002"]
