@@ -1,5 +1,6 @@
 """The last lines of a run: where everything is, and how to use the trained encoder elsewhere."""
 
+import shlex
 from pathlib import Path
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -14,11 +15,12 @@ def closing_lines(run_dir: Path, *, base_model: str, report: Path | None = None)
         report: None = ``run_dir/report.html``.
     """
     report = report or run_dir / "report.html"
+    events = run_dir / "tensorboard"
     grids = sorted((run_dir / "samples").glob("step-*.png"))
     places = [
         ("report", report if report.exists() else None),
         ("samples", grids[-1] if grids else None),
-        ("curves", f"tensorboard --logdir {run_dir / 'tensorboard'}" if (run_dir / "tensorboard").exists() else None),
+        ("curves", f"tensorboard --logdir {shlex.quote(str(events))}" if events.is_dir() else None),
         ("encoder", run_dir / "export" if (run_dir / "export").is_dir() else None),
     ]
     lines = ["", *(f"{name + ':':<9}{place}" for name, place in places if place is not None)]

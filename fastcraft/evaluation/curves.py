@@ -48,14 +48,17 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [(sums[stop] - sums[start]) / (stop - start) for start, stop in ranges]
 
 
-def curve_svg(steps: Sequence[int], values: Sequence[float | None], *, label: str, dots: bool = False) -> str:
+def curve_svg(
+    steps: Sequence[int], values: Sequence[float | None], *, label: str, exact: bool = False, dots: bool = False
+) -> str:
     """One plot.
 
     Args:
         steps: N ascending step numbers.
         values: N figures; None or a figure that is not finite leaves a gap.
         label: names the plot to a screen reader.
-        dots: mark each point and do not smooth (few, exact figures).
+        exact: figures without noise: no smoothing.
+        dots: mark each point; for few figures, which are not smoothed either.
 
     Returns:
         An ``<svg>``, or a paragraph that says that there is nothing to draw.
@@ -66,7 +69,7 @@ def curve_svg(steps: Sequence[int], values: Sequence[float | None], *, label: st
         return '<p class="empty">no finite value</p>'
     frame = make_frame(points)
     numbers = [value for _, value in points]
-    window = 1 if dots else smoothing_window(len(points))
+    window = 1 if dots or exact else smoothing_window(len(points))
     text = f"{label} from {short(numbers[0])} at step {points[0][0]} to {short(numbers[-1])} at step {points[-1][0]}"
     parts = [
         f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(text)}">',
@@ -74,7 +77,8 @@ def curve_svg(steps: Sequence[int], values: Sequence[float | None], *, label: st
         *(_line(run, frame, "raw" if window > 1 else "smooth") for run in _runs(points, steps)),
     ]
     if window > 1:
-        averaged = [(step, value) for (step, _), value in zip(points, smooth(numbers, window), strict=True)]
+        tamed = [min(max(value, frame.low), frame.high) for value in numbers]
+        averaged = [(step, value) for (step, _), value in zip(points, smooth(tamed, window), strict=True)]
         parts += [_line(run, frame, "smooth") for run in _runs(averaged, steps)]
     if dots or len(points) == 1:
         for step, value in points:
@@ -82,7 +86,7 @@ def curve_svg(steps: Sequence[int], values: Sequence[float | None], *, label: st
             parts.append(f'<circle class="dot" cx="{x}" cy="{y}" r="3"/>')
     outside = sum(not frame.low <= value <= frame.high for value in numbers)
     if outside:
-        parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{TOP + 8}" text-anchor="end">{outside} beyond</text>')
+        parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{TOP + 8}" text-anchor="end">{outside} outside</text>')
     return "".join([*parts, "</svg>"])
 
 

@@ -29,6 +29,8 @@ FIRST_CURVES = {
     "samples_per_sec_per_gpu": "Samples/s per GPU",
     "peak_memory_mib": "Peak memory, MiB",
 }
+EXACT = ("lr", "peak_memory_mib")
+"""Figures without noise, which are drawn as they are."""
 NOT_CURVES = ("step", "rewards", "phase_ms", "num_samples_seen")
 
 
@@ -90,7 +92,7 @@ def _tiles(data: ReportData) -> str:
         return ""
     tiles = [("steps", f"{metrics[-1]['step']:,}", "")]
     if seen := column(metrics, "num_samples_seen"):
-        tiles.append(("pictures trained on", f"{seen[-1]:,}", ""))
+        tiles.append(("pictures made", f"{seen[-1]:,}", ""))
     totals = [value for line in metrics if is_number(value := line["rewards"].get("total"))]
     if totals:
         start, end = _ends(totals)
@@ -131,7 +133,7 @@ def _training_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     keys = dict.fromkeys(key for line in metrics for key, value in line.items() if is_number(value))
     others = [key for key in keys if key not in FIRST_CURVES and key not in NOT_CURVES]
     points = {key: [(line["step"], line.get(key)) for line in metrics] for key in [*FIRST_CURVES, *others]}
-    content = _cards([_card(title, points[key]) for key, title in FIRST_CURVES.items()])
+    content = _cards([_card(title, points[key], exact=key in EXACT) for key, title in FIRST_CURVES.items()])
     if others:
         rest = _cards([_card(key, points[key]) for key in others])
         content += f"<details><summary>Everything else that was recorded</summary>{rest}</details>"
@@ -150,11 +152,12 @@ def _evaluation_curves(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return _cards(cards)
 
 
-def _card(title: str, points: Sequence[tuple[int, Any]], *, dots: bool = False) -> str:
+def _card(title: str, points: Sequence[tuple[int, Any]], *, exact: bool = False, dots: bool = False) -> str:
     values = [value if is_number(value) else None for _, value in points]
     known = [value for value in values if value is not None]
-    newest = short(known[-1] if dots else smooth(known, smoothing_window(len(known)))[-1]) if known else ""
-    svg = curve_svg([step for step, _ in points], values, label=plain(title), dots=dots)
+    window = 1 if exact or dots else smoothing_window(len(known))
+    newest = short(smooth(known, window)[-1]) if known else ""
+    svg = curve_svg([step for step, _ in points], values, label=plain(title), exact=exact, dots=dots)
     return f'<figure class="card"><figcaption><b>{safe(title)}</b><span>{newest}</span></figcaption>{svg}</figure>'
 
 
@@ -166,7 +169,7 @@ def _legend(count: int) -> str:
     window = smoothing_window(count)
     if window == 1:
         return ""
-    return f'<p class="legend">Thin: every step. Thick, and the figure above it: mean over {window} steps.</p>'
+    return f'<p class="legend">Thin: every step. Thick, and the figure above: mean over {window} steps.</p>'
 
 
 def _pictures(data: ReportData) -> str:

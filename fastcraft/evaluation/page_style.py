@@ -13,7 +13,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 18px; overflow-wrap: anyw
 h2 { font-size: 1.15rem; margin: 40px 0 12px; }
 small { font-size: .8em; color: var(--soft); font-weight: 400; }
 figure, dl, dd { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 10px; }
 .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px; }
 .tiles dt { color: var(--soft); font-size: .82rem; }
 .tiles dd { font-size: 1.35rem; font-weight: 600; line-height: 1.3; font-variant-numeric: tabular-nums; }
@@ -22,7 +22,7 @@ figure, dl, dd { margin: 0; }
   padding: 10px 14px 10px 32px; overflow-wrap: anywhere; }
 .legend, .empty { color: var(--soft); font-size: .88rem; margin: 0 0 12px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 14px; }
-.cards + .legend { margin-top: 10px; }
+.cards + .legend, .scroll + .legend { margin-top: 10px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px 4px; }
 .card figcaption { display: flex; justify-content: space-between; gap: 12px; overflow-wrap: anywhere; }
 .card span { font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -43,6 +43,8 @@ img.pixels { image-rendering: pixelated; }
 .halves span, .cells span { display: block; color: var(--soft); font-size: .8rem; margin-top: 2px; }
 .pair figcaption, .strip figcaption { margin-top: 4px; font-size: .92rem; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
+figcaption summary { list-style: none; }
+figcaption summary::-webkit-details-marker { display: none; }
 figcaption em { color: var(--accent); font-style: normal; white-space: nowrap; }
 figcaption details[open] em { display: none; }
 .scroll { overflow-x: auto; }
@@ -61,7 +63,8 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
   overflow-x: auto; font-size: .84rem; line-height: 1.45; }
 @media (max-width: 560px) { main { padding: 18px 14px 40px; } h1 { font-size: 1.4rem; }
   .tiles { grid-template-columns: 1fr 1fr; } .cells { grid-template-columns: repeat(3, 1fr); }
-  th, td { padding-right: 14px; } }
+  th, td { padding-right: 12px; } table { width: 100%; } th { overflow-wrap: anywhere; } td small { display: block; }
+  .bars .bar { width: 45%; } .facts td { min-width: 50%; } }
 @media print { :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --card: #fff; --accent: #1d4fa8;
   --thin: #1d4fa855; --note: #fff; }
   main { max-width: none; padding: 0; } figure, tr, .tiles > div { break-inside: avoid; } h2 { break-after: avoid; }

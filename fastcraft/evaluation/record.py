@@ -104,12 +104,8 @@ class RunRecord:
         Returns:
             The grid's path.
         """
-        import numpy as np
-        from PIL import Image
-
         grid = save_samples(images, self.run_dir, step=step, prompts=prompts)
-        with Image.open(grid) as picture:
-            self._writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self._writer.add_image("samples", _pixels(grid), step, dataformats="HWC")
         return grid
 
     def message(self, text: str) -> None:
@@ -171,6 +167,15 @@ def _append(file: Any, line: Mapping[str, Any]) -> None:
     file.flush()
 
 
+def _pixels(path: Path) -> Any:
+    """(H, W, 3) numpy uint8."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
 def _truncate(path: Path, last_step: int) -> None:
     """Keep the lines up to and including ``last_step``."""
     if path.exists():
@@ -188,8 +193,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """Every complete line of evaluations.jsonl: ``{"step": ..., "evaluation": {...}}``."""
-    return _read_lines(run_dir / EVALUATIONS)
+    """The newest complete line of each step in evaluations.jsonl, ``{"step": ..., "evaluation": {...}}``, by step."""
+    lines = {line["step"]: line for line in _read_lines(run_dir / EVALUATIONS)}
+    return [lines[step] for step in sorted(lines)]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
