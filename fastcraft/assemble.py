@@ -1,6 +1,6 @@
 """From a recipe to its parts: the only place that reads the whole recipe and hands plain arguments on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcraft.config import Recipe
 from fastcraft.data.prompts import load_prompts
 from fastcraft.diffusion.components import Components, load_components
 from fastcraft.diffusion.image_model import ImageModel
@@ -19,6 +18,7 @@ from fastcraft.errors import UserError
 from fastcraft.memory.policies import POLICIES
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
+from fastcraft.recipe import Recipe
 from fastcraft.records import CheckpointPlan
 from fastcraft.registry import resolve
 from fastcraft.rewards import build_rewards
@@ -37,8 +37,8 @@ class Parts:
     original: TextEncoder
     image_model: ImageModel
     rewards: Any
-    prompts: list[str]
-    prompt_notes: list[str]
+    prompts: Sequence[str]
+    prompts_summary: str
     evaluation_prompts: list[str]
     exam: Callable[[Tensor, list[str]], dict[str, float]] | None
     make_plan: Callable[[int], CheckpointPlan]
@@ -101,10 +101,11 @@ def assemble(recipe: Recipe, *, device: torch.device, on_step: Callable[[], None
             device=device,
             dtype=dtype,
             bundled=SHAPES / "weights" / "reward",
+            normalize=recipe.objective.normalize_rewards,
         ),
-        prompts=list(source.prompts),
-        prompt_notes=source.notes(),
-        evaluation_prompts=_evaluation_prompts(recipe, list(source.prompts)),
+        prompts=source.prompts,
+        prompts_summary=source.summary(),
+        evaluation_prompts=_evaluation_prompts(recipe, source.prompts),
         exam=exam,
         make_plan=partial(policy.plan, decode_micro_batch=recipe.memory.decode_micro_batch),
     )
@@ -161,11 +162,11 @@ def prompt_file(path: str) -> Path:
     return file
 
 
-def _evaluation_prompts(recipe: Recipe, prompts: list[str]) -> list[str]:
+def _evaluation_prompts(recipe: Recipe, prompts: Sequence[str]) -> list[str]:
     wanted = max(recipe.evaluate.num_samples, recipe.evaluate.exam_num_samples)
     if recipe.evaluate.prompts:
-        prompts = list(load_prompts(prompt_file(recipe.evaluate.prompts), column=recipe.prompts.column).prompts)
-    return prompts[:wanted]
+        prompts = load_prompts(prompt_file(recipe.evaluate.prompts), column=recipe.prompts.column).prompts
+    return [prompts[index] for index in range(min(wanted, len(prompts)))]
 
 
 def _exam(path: str) -> Callable[[Tensor, list[str]], dict[str, float]] | None:

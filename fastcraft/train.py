@@ -1,19 +1,26 @@
 """The main job: ``deepspeed fastcraft/train.py --ds_config ds_configs/zero2.json [--recipe NAME|FILE.toml] ...``.
 
-Fine-tunes the text encoder of a Stable Diffusion model by rewards on its pictures. The step itself is
-`fastcraft.objectives.reward_backprop`; `Trainer` below drives it through the ZeRO-2 engine.
+Fine-tunes the text encoder of a Stable Diffusion model by rewards on its pictures. This file reads the command line and
+puts a run together; the loop is `fastcraft.trainer`, the step `fastcraft.objectives.reward_backprop`.
 """
 
 import argparse
+import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastcraft.config import load_recipe, recipe_names
+from fastcraft.config import dump_recipe, load_recipe, recipe_names
 from fastcraft.errors import UserError
+from fastcraft.recipe import Recipe
 
-PREEMPTED = 143
-"""Exit status after SIGTERM or SIGINT: one clean checkpoint has been written."""
+if TYPE_CHECKING:  # torch and what needs it is imported only once the recipe holds
+    from fastcraft.assemble import Parts
+    from fastcraft.engine.interrupt import Interrupt
+    from fastcraft.trainer import Trainer
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,7 +28,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="deepspeed fastcraft/train.py",
         description="Fine-tune the text encoder of a Stable Diffusion model by back-propagating image rewards.",
-        epilog=f"Recipes that ship: {', '.join(recipe_names())}.",
+        epilog=f"Recipes that ship: {', '.join(recipe_names())}. "
+        "Exit status: 0 done, 1 training failed, 2 bad input, 143 stopped on request after a clean checkpoint.",
         allow_abbrev=False,
     )
     parser.add_argument("--ds_config", required=True, metavar="FILE", help="DeepSpeed JSON, see ds_configs/")
@@ -40,27 +48,175 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 training failed, 2 bad input (one line, no traceback), 143 preempted."""
+    """Exit status: 0 done, 1 training failed, 2 bad input (one line, no traceback), 143 stopped on request."""
     args = parse_args(argv)
     replaced = {"model.path": args.model, "prompts.path": args.prompts}
     try:
-        recipe = load_recipe(
-            args.recipe, args.overrides, {key: value for key, value in replaced.items() if value is not None}
-        )
-        from fastcraft.trainer import train  # torch and all that: only once the recipe holds
-
-        return train(
-            recipe,
-            recipe_name=args.recipe,
-            ds_config_path=args.ds_config,
-            run_dir=args.run_dir,
-            resume=args.resume,
-            dry_run=args.dry_run,
-        )
+        recipe = load_recipe(args.recipe, args.overrides, {key: v for key, v in replaced.items() if v is not None})
+        return train(recipe, args)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"fastcraft: error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def train(recipe: Recipe, args: argparse.Namespace) -> int:
+    """Check everything, then run; nothing is written before all input is known to be good."""
+    import torch
+
+    from fastcraft.assemble import assemble
+    from fastcraft.engine.agreement import close_distributed, rank
+    from fastcraft.engine.interrupt import PREEMPTED_EXIT_CODE, Interrupt, StopRequested
+    from fastcraft.engine.zero2 import fill_ds_config, init_distributed, load_ds_config
+    from fastcraft.memory.cost import parameter_counts
+    from fastcraft.trainer import TrainingFailed
+
+    interrupt = Interrupt()
+    ds_config = load_ds_config(args.ds_config)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    parts = assemble(recipe, device=device, on_step=interrupt.check)
+    trained = [parameter.numel() for parameter in parts.trained.parameters() if parameter.requires_grad]
+    options = recipe.train
+    filled = fill_ds_config(
+        ds_config,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        dtype=options.dtype,
+        max_grad_norm=options.max_grad_norm,
+        learning_rate=options.learning_rate,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        num_parameters=parameter_counts(parts.trained)[0],
+        largest_parameter=max(trained),
+    )
+    if args.dry_run:
+        return _dry_run(recipe, parts)
+    init_distributed(device.type)
+    try:
+        return _run(recipe, args, parts, filled, interrupt)
+    except TrainingFailed as error:
+        if rank() == 0:
+            print(f"fastcraft: training failed: {error}", file=sys.stderr, flush=True)
+        return 1
+    except StopRequested as reason:
+        if rank() == 0:
+            print(f"fastcraft: stopped ({reason}); go on with --resume", file=sys.stderr, flush=True)
+        return PREEMPTED_EXIT_CODE
+    finally:
+        close_distributed()
+
+
+def _dry_run(recipe: Recipe, parts: "Parts") -> int:
+    from fastcraft.dry_run import describe
+
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(recipe, parts, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    return 0
+
+
+def _run(
+    recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: dict[str, Any], interrupt: "Interrupt"
+) -> int:
+    """The run itself, on every rank."""
+    from fastcraft.engine.agreement import from_rank_zero, rank, world_size
+    from fastcraft.engine.checkpoint import load_checkpoint
+    from fastcraft.engine.run_directory import locked
+    from fastcraft.engine.zero2 import Zero2Engine
+    from fastcraft.evaluation.record import RunRecord
+    from fastcraft.trainer import Trainer
+
+    run_dir, found, notes = from_rank_zero(lambda: _prepare(recipe, args))
+    checkpoint = load_checkpoint(found, rank=rank(), world_size=world_size()) if found else None
+    options = recipe.train
+    engine = Zero2Engine(
+        parts.trained,
+        ds_config=ds_config,
+        device=parts.image_model.device,
+        total_steps=options.num_steps,
+        warmup_steps=options.warmup_steps,
+        lr_schedule=options.lr_schedule,
+    )
+    with contextlib.ExitStack() as stack:
+        record = None
+        if rank() == 0:
+            stack.enter_context(locked(run_dir))
+            record = stack.enter_context(
+                RunRecord(
+                    run_dir,
+                    num_steps=options.num_steps,
+                    total_samples_per_step=options.batch_size * options.gradient_accumulation_steps * world_size(),
+                    resume_step=checkpoint.step if checkpoint else None,
+                )
+            )
+        trainer = Trainer(recipe, parts, engine=engine, run_dir=run_dir, interrupt=interrupt, record=record)
+        for note in (parts.prompts_summary, *notes):
+            trainer.say(note)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        trainer.run()
+    if rank() == 0:
+        _finish(recipe, args, parts, run_dir, trainer)
+    return 0
+
+
+def _prepare(recipe: Recipe, args: argparse.Namespace) -> tuple[Path, Path | None, list[str]]:
+    """On rank 0: the run directory, the checkpoint to go on from, and what to tell the person."""
+    from fastcraft.engine.checkpoint import find_checkpoint, sweep_checkpoints
+    from fastcraft.engine.run_directory import check_run_dir, choose_run_dir, write_recipe
+    from fastcraft.evaluation.atomic import write_json
+    from fastcraft.evaluation.environment import environment
+
+    run_dir = choose_run_dir(args.run_dir, recipe_name=args.recipe, resume=args.resume)
+    check_run_dir(run_dir, recipe, resume=args.resume)
+    notes, found = [f"results go to {run_dir}"], None
+    if args.resume:
+        sweep_checkpoints(run_dir / "checkpoints")
+        found, skipped = find_checkpoint(run_dir / "checkpoints")
+        notes += [f"skipped {path.name}: {reason}" for path, reason in skipped]
+        notes.append(f"going on from {found.name}")
+    write_recipe(run_dir, recipe)
+    write_json(run_dir / "environment.json", environment())
+    return run_dir, found, notes
+
+
+def _finish(recipe: Recipe, args: argparse.Namespace, parts: "Parts", run_dir: Path, trainer: "Trainer") -> None:
+    """Export, report and the last lines, on rank 0."""
+    from fastcraft.engine.export import export_lora, export_text_encoder
+    from fastcraft.evaluation.closing import closing_lines
+    from fastcraft.evaluation.environment import environment
+    from fastcraft.evaluation.record import read_evaluations
+    from fastcraft.evaluation.report import write_report
+    from fastcraft.text.tokenize import tokenize
+
+    ids = tokenize(parts.components.tokenizer, parts.evaluation_prompts[: recipe.evaluate.num_samples]).input_ids[:, 0]
+    model, out = parts.trained.model, run_dir / "export"
+    exports = [export_text_encoder(model, parts.components.folder / "tokenizer", out, reference_ids=ids)]
+    if recipe.text.train == "lora":
+        size = parts.image_model.latent_shape[-1] * parts.components.pixels_per_latent
+        exports += export_lora(model, out, reference_ids=ids, title=run_dir.name, resolution=size)
+    checks = [
+        f"exported {e.path.relative_to(run_dir)}: reloaded, largest embedding difference {e.max_abs_error:.1e}"
+        for e in exports
+    ]
+    evaluations = read_evaluations(run_dir)
+    report = write_report(
+        run_dir,
+        title=run_dir.name,
+        recipe_text=dump_recipe(recipe),
+        prompts=parts.evaluation_prompts[: recipe.evaluate.num_samples],
+        before=None,
+        after=None,
+        exam_before=evaluations[0]["evaluation"],
+        exam_after=evaluations[-1]["evaluation"],
+        environment=environment(),
+        notes=[*trainer.notes(), *checks],
+        command=shlex.join(["deepspeed", "fastcraft/train.py", *sys.argv[1:]]),
+    )
+    for line in checks:
+        print(line)
+    print(closing_lines(run_dir, base_model=recipe.model.path, report=report))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcraft.assemble import Parts, make_objective
-from fastcraft.config import Recipe, dump_recipe
 from fastcraft.data.order import PromptOrder, sample_seed
-from fastcraft.engine.agreement import agree
-from fastcraft.engine.checkpoint import CheckpointError, rng_tensors, save_checkpoint
+from fastcraft.engine.agreement import agree, gather, rank, world_size
+from fastcraft.engine.checkpoint import Checkpoint, CheckpointError, restore_rng, rng_tensors, save_checkpoint
 from fastcraft.engine.interrupt import Interrupt, StopRequested
-from fastcraft.engine.zero2 import Zero2Engine, gather_objects, rank, world_size
+from fastcraft.engine.zero2 import StepResult, Zero2Engine
 from fastcraft.evaluation.record import RunRecord
 from fastcraft.evaluation.scores import evaluate_pictures
+from fastcraft.recipe import Recipe
 from fastcraft.records import LossOutput
 
 _SAMPLE_STREAM = 7  # noise stream of the sampled pictures: the same at every evaluation
@@ -37,7 +36,6 @@ class Trainer:
         engine: around ``parts.trained``.
         run_dir: exists, and belongs to this run.
         interrupt: polled between denoising steps.
-        start: optimiser steps already done.
         record: on rank 0.
     """
 
@@ -49,7 +47,6 @@ class Trainer:
         engine: Zero2Engine,
         run_dir: Path,
         interrupt: Interrupt,
-        start: int = 0,
         record: RunRecord | None = None,
     ) -> None:
         self.recipe = recipe
@@ -57,11 +54,11 @@ class Trainer:
         self.engine = engine
         self.run_dir = run_dir
         self.interrupt = interrupt
-        self.done = start
+        self.done = 0
         self.record = record
         self.objective, self.text = make_objective(recipe, parts, engine)
         self.order = PromptOrder(parts.prompts, seed=recipe.train.seed)
-        self.bad_steps = 0
+        self.bad_steps = self.skipped_steps = 0
         self.saved = -1
         self.failed_saves = 0
         self.checked = False
@@ -81,7 +78,7 @@ class Trainer:
                 self.step()
                 if recipe.train.checkpoint_every and self.done % recipe.train.checkpoint_every == 0:
                     self.save()
-                if recipe.evaluate.every and self.done % recipe.evaluate.every == 0 and self.done < recipe.train.num_steps:
+                if self._evaluation_due():
                     self.evaluate()
             self.save(last=True)
             self.evaluate(recipe.evaluate.exam_num_samples)
@@ -94,7 +91,7 @@ class Trainer:
         train = self.recipe.train
         began = time.perf_counter()
         outputs: list[LossOutput] = []
-        before = None if self.checked else self._snapshot()
+        before, norms = (None if self.checked else self._clones()), {}
         for micro in range(train.gradient_accumulation_steps):
             batch = self.order.batch(
                 self.done,
@@ -107,7 +104,9 @@ class Trainer:
             losses = self.objective.losses(batch, draw=self.done * train.gradient_accumulation_steps + micro)
             while (output := self._next(losses)) is not None:
                 self.engine.backward(output.loss)
-                norms = self.engine.group_gradient_norms() if before is not None else {}
+                if before is not None and micro == train.gradient_accumulation_steps - 1:
+                    norms = self.engine.group_gradient_norms()
+                self.parts.rewards.synchronize()
                 result = self.engine.step()
                 outputs.append(LossOutput(loss=output.loss.detach(), metrics=output.metrics))
         self.done += 1
@@ -116,18 +115,33 @@ class Trainer:
         self._count_bad(result.skipped)
         self._log(outputs, result, time.perf_counter() - began)
 
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        At another world size the default random generators start anew; prompts and noise do not depend on them.
+        """
+        rewards = {
+            name.removeprefix("reward."): t for name, t in checkpoint.tensors.items() if name.startswith("reward.")
+        }
+        self.parts.rewards.load_state_dict(rewards)
+        self.engine.load_state({name: t for name, t in checkpoint.tensors.items() if not name.startswith("reward.")})
+        if checkpoint.rank_tensors is not None:
+            restore_rng(checkpoint.rank_tensors)
+        self.done = self.saved = checkpoint.step
+        self.bad_steps = checkpoint.state["bad_steps"]
+
     def save(self, *, last: bool = False) -> None:
         """Checkpoint of the completed steps, by all ranks together; a failed periodic save is counted, not fatal."""
         if self.saved == self.done:
             return
-        state = {"bad_steps": self.bad_steps, "rewards": self.parts.rewards.state_dict()}
+        statistics = {f"reward.{name}": values for name, values in self.parts.rewards.state_dict().items()}
         try:
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 self.done,
-                tensors=self.engine.state(),
+                tensors=self.engine.state() | statistics,
                 rank_tensors=rng_tensors(),
-                state=state,
+                state={"bad_steps": self.bad_steps},
                 keep=self.recipe.train.keep_checkpoints,
             )
             self.saved = self.done
@@ -148,11 +162,13 @@ class Trainer:
         scores = evaluate_pictures(
             pictures.to(self.parts.image_model.device),
             prompts,
-            rewards=self.parts.rewards.score,
+            rewards=self.parts.rewards,
             exam=self.parts.exam,
             micro_batch=evaluate.batch_size,
         )
-        self.record.log_evaluation(self.done, scores, pictures[: evaluate.num_samples], prompts[: evaluate.num_samples])
+        self.record.log_evaluation(self.done, scores)
+        shown = evaluate.num_samples
+        self.record.log_samples(self.done, pictures[:shown], prompts[:shown])
 
     def sample(self, prompts: Sequence[str]) -> Tensor | None:
         """Pictures ``(N, 3, H, W)`` on the CPU, shared out over the ranks; None except on rank 0."""
@@ -170,21 +186,28 @@ class Trainer:
                     trained_steps=trained_steps,
                 ).cpu()
             )
-        gathered = gather_objects((mine, torch.cat(chunks) if chunks else None))
+        gathered = gather((mine, torch.cat(chunks) if chunks else []))
         if gathered is None:
             return None
-        pictures: dict[int, Tensor] = {}
-        for indices, rows in gathered:
-            pictures.update(zip(indices, rows if rows is not None else [], strict=True))
+        pictures = {index: row for indices, rows in gathered for index, row in zip(indices, rows, strict=True)}
         return torch.stack([pictures[index] for index in range(len(prompts))])
+
+    def notes(self) -> list[str]:
+        """What a reader of the report should know about the run."""
+        rows = [(self.skipped_steps, "steps skipped: loss or gradient not finite"), (self.failed_saves, "saves failed")]
+        return [f"{count} {what}" for count, what in rows if count]
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal, from rank 0."""
         if self.record is not None:
-            self.record.say(text)
+            self.record.message(text)
+
+    def _evaluation_due(self) -> bool:
+        every = self.recipe.evaluate.every
+        return bool(every) and self.done % every == 0 and self.done < self.recipe.train.num_steps
 
     def _next(self, losses: Iterator[LossOutput]) -> LossOutput | None:
-        """The next loss, once all ranks agree that nobody was asked to stop; backward is collective, so none may leave."""
+        """The next loss, once all ranks agree that none was asked to stop: backward is collective."""
         output, stop = None, False
         try:
             output = next(losses, None)
@@ -194,16 +217,17 @@ class Trainer:
             raise StopRequested
         return output
 
-    def _snapshot(self) -> dict[str, Tensor]:
+    def _clones(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.engine.trainable_parameters().items()}
 
     def _check_training(self, before: dict[str, Tensor], norms: dict[str, float]) -> None:
-        """After the first step: every trained group has a gradient and has moved (untrained encoders are a known bug)."""
-        moved: dict[str, bool] = {}
-        for name, parameter in self.engine.trainable_parameters().items():
-            group = self.engine.group_of(name)
-            moved[group] = moved.get(group, False) or not torch.equal(parameter.detach(), before[name])
-        idle = sorted(group for group in moved if not moved[group] or not norms.get(group, 0) > 0)
+        """After the first step: every trained group has a gradient and has moved (untrained encoders are a known bug).
+
+        Raises:
+            TrainingFailed: naming the groups that have not.
+        """
+        changes = self.engine.group_changes(before)
+        idle = sorted(group for group, change in changes.items() if not change > 0 or not norms[group] > 0)
         if idle:
             raise TrainingFailed(f"after the first step these groups have no gradient or have not moved: {idle}")
         self.checked = True
@@ -211,25 +235,28 @@ class Trainer:
     def _count_bad(self, skipped: bool) -> None:
         """Skipped steps in a row; past the limit the run ends with the weights of the last good step."""
         self.bad_steps = self.bad_steps + 1 if skipped else 0
+        self.skipped_steps += skipped
         if skipped:
             self.say(f"step {self.done}: loss or gradient is not finite, step skipped ({self.bad_steps} in a row)")
         if self.bad_steps >= self.recipe.train.max_bad_steps:
             self.save(last=True)
             raise TrainingFailed(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
 
-    def _log(self, outputs: list[LossOutput], result: Any, seconds: float) -> None:
+    def _log(self, outputs: list[LossOutput], result: StepResult, seconds: float) -> None:
         """One line of metrics.jsonl; the only place where numbers leave the device."""
-        names = outputs[0].metrics.keys()
-        means = {name: torch.stack([output.metrics[name].float() for output in outputs]).mean().item() for name in names}
         if self.record is None:
             return
+        means = {
+            name: torch.stack([output.metrics[name].float() for output in outputs]).mean().item()
+            for name in outputs[0].metrics
+        }
         samples = self.recipe.train.batch_size * self.recipe.train.gradient_accumulation_steps
         self.record.log_step(
             {
                 "step": self.done,
                 "loss": torch.stack([output.loss.float() for output in outputs]).mean().item(),
-                "rewards": {name.removeprefix("reward/"): value for name, value in means.items() if "reward/" in name},
-                **{name: value for name, value in means.items() if "reward/" not in name},
+                "rewards": {name.removeprefix("reward/"): value for name, value in means.items() if "/" in name},
+                **{name: value for name, value in means.items() if "/" not in name},
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 "samples_per_sec_per_gpu": samples / seconds,
@@ -246,44 +273,3 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     scale = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-
-
-def describe(recipe: Recipe, parts: Parts, num_parameters: tuple[int, int]) -> str:
-    """What `--dry-run` prints."""
-    from fastcraft.memory.cost import count_flops, step_flops
-    from fastcraft.records import KEEP
-
-    model, train = parts.image_model, recipe.train
-    guided = model.guidance_scale != 1
-    plan = parts.make_plan(recipe.objective.backprop_steps)
-    embeds = parts.original(torch.zeros(1, 1, 77, dtype=torch.long, device=model.device))
-    from fastcraft.diffusion.text_kv import project_text
-
-    text_kv = project_text(model.unet, embeds)
-    from fastcraft.diffusion.unroll import predict_noise
-
-    timestep = torch.tensor(0, device=model.device)
-    shape = (1, *model.latent_shape)
-    unet = count_flops(lambda x: predict_noise(model.unet, x, timestep, text_kv, guidance_scale=1), shape)
-    decode = count_flops(lambda x: model.decode(x, plan), shape)
-    samples = train.batch_size * train.gradient_accumulation_steps
-    flops = step_flops(
-        unet,
-        decode,
-        samples=samples,
-        num_inference_steps=recipe.sampler.num_inference_steps,
-        backprop_steps=recipe.objective.backprop_steps,
-        guided=guided,
-        recompute=plan.decode != KEEP,
-    )
-    trainable, frozen = num_parameters
-    lines = [
-        dump_recipe(recipe).rstrip(),
-        "",
-        f"plan        {recipe.memory.policy}: steps with gradient {', '.join(plan.steps)}; decode {plan.decode}",
-        f"parameters  {trainable:,} trainable, {frozen:,} frozen",
-        f"prompts     {len(parts.prompts):,}" + "".join(f"; {note}" for note in parts.prompt_notes),
-        f"per step    {samples} samples on each of {world_size()} ranks, {sum(flops.values()) / 1e9:,.1f} GFLOP a rank: "
-        + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in flops.items()),
-    ]
-    return "\n".join(lines)

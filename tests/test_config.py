@@ -21,7 +21,9 @@ def test_round_trip_keeps_awkward_strings():
 
 
 def test_overrides_reach_sections_and_reward_tables():
-    recipe = load_recipe("shapes", ["train.seed=7", "rewards.0.weight=3", "train.dtype=bfloat16", "train.betas=[0, 0.5]"])
+    recipe = load_recipe(
+        "shapes", ["train.seed=7", "rewards.0.weight=3", "train.dtype=bfloat16", "train.betas=[0, 0.5]"]
+    )
     assert recipe.train.seed == 7
     assert recipe.rewards[0].weight == 3.0
     assert recipe.train.dtype == "bfloat16"
@@ -32,7 +34,11 @@ def test_textcraftor_has_the_papers_settings():
     recipe = load_recipe("textcraftor_sd15")
     assert (recipe.sampler.num_inference_steps, recipe.objective.backprop_steps) == (25, 5)
     assert (recipe.sampler.guidance_scale, recipe.sampler.eta, recipe.train.learning_rate) == (7.5, 0.0, 1e-6)
-    assert (recipe.text.train, recipe.text.prefix_encoder, recipe.text.uncond_encoder) == ("full", "original", "trained")
+    assert (recipe.text.train, recipe.text.prefix_encoder, recipe.text.uncond_encoder) == (
+        "full",
+        "original",
+        "trained",
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,10 @@ def test_textcraftor_has_the_papers_settings():
         ("sampler.eta=1.5", "sampler.eta must be at most 1, got 1.5"),
         ("train.betas=[0.9]", r"train.betas: expected a list of 2 values, got \[0.9\]"),
         ("train.betas=[0.9, 1]", r"train.betas must lie in \[0, 1\), got \[0.9, 1.0\]"),
-        ("train.dtype=bfloat", r"train.dtype must be one of 'float32', 'bfloat16', got 'bfloat'; did you mean 'bfloat16'"),
+        (
+            "train.dtype=bfloat",
+            r"train.dtype must be one of 'float32', 'bfloat16', got 'bfloat'; did you mean 'bfloat16'",
+        ),
         ("objective.backprop_steps=26", r"backprop_steps must be at most sampler.num_inference_steps \(25\), got 26"),
         ("objective.low_variance_draws=2", "low_variance_draws above 1 needs objective.backprop_steps = 1"),
         ("objective.early_stop_steps=2", "early_stop_steps needs objective.truncation = 'spaced', got 'last'"),

@@ -22,7 +22,7 @@ class Components:
     """The parts of a latent diffusion model.
 
     ``text_encoder`` is a float32 ``CLIPTextModel``; ``unet`` and ``vae`` are frozen, in eval mode, in the dtype asked
-    for. ``latent_shape`` is ``(C, H/8, W/8)`` for the resolution in use.
+    for. ``latent_shape`` is ``(C, H / f, W / f)`` for the resolution in use, f = ``pixels_per_latent`` (8 for SD).
     """
 
     folder: Path
@@ -32,6 +32,7 @@ class Components:
     tokenizer: Any
     schedule: NoiseSchedule
     latent_shape: tuple[int, int, int]
+    pixels_per_latent: int
 
 
 def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Components:
@@ -77,6 +78,7 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
         tokenizer=tokenizer,
         schedule=NoiseSchedule.from_diffusers(scheduler),
         latent_shape=(unet.config.in_channels, size, size),
+        pixels_per_latent=factor,
     )
 
 

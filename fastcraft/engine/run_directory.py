@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcraft.config import Recipe, dump_recipe, load_recipe, recipe_to_tree
+from fastcraft.config import dump_recipe, load_recipe, recipe_to_tree
 from fastcraft.errors import UserError
+from fastcraft.recipe import Recipe
 
 MAY_CHANGE = {
     "train": {"num_steps", "checkpoint_every", "keep_checkpoints", "batch_size", "gradient_accumulation_steps"},

@@ -28,7 +28,7 @@ _LOW_VARIANCE_STREAM = 1000  # noise streams of DRaFT-LV's extra draws; stream 0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackpropSettings:
-    """What tells the methods apart; meanings as in `fastcraft.config.ObjectiveConfig`."""
+    """What tells the methods apart; meanings as in `fastcraft.recipe.ObjectiveConfig`."""
 
     backprop_steps: int = 5
     truncation: str = "last"
@@ -115,7 +115,7 @@ class RewardBackprop:
         total = torch.stack([output.total for output in outputs])  # (draws, B)
         loss = self._loss(total) * self.settings.loss_scale
         metrics = {f"reward/{name}": part.detach().mean() for name, part in outputs[0].parts.items()}
-        metrics["reward_total"] = outputs[0].total.detach().mean()
+        metrics["reward/total"] = outputs[0].total.detach().mean()
         if self.settings.anchor_weight and original is not None:
             anchor = F.mse_loss(trained.cond.float(), original.cond.float())
             metrics["anchor"] = anchor.detach()

@@ -75,7 +75,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_parts, tiny_pipeline):
         trained, _ = split_encoders(model, train="full", dtype=torch.float32, gradient_checkpointing=checkpointing)
         calls = []
         layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
-        layer.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        layer.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
         trained(ids).square().sum().backward()
         assert len(calls) == (2 if checkpointing else 1)
         grads.append([p.grad for p in trained.parameters()])
