@@ -29,8 +29,8 @@ class WeightedRewards(nn.Module):
     Args:
         rewards: ``(name, reward, weight)``; a negative weight drives a score down.
         normalize: ``"none"``: ``std_i`` is 1, as in TextCraftor; ``"running_std"``: the standard deviation of all
-            scores of the run so far, over all ranks, this batch included, at least ``std_floor`` (1 while there is
-            only one score). No gradient flows through it.
+            scores of the run so far, of all ranks up to the last `synchronize` and of this rank since, this batch
+            included, at least ``std_floor`` (1 while there is only one score). No gradient flows through it.
         require_grad: the mix will be back-propagated: refuse what cannot be.
         std_floor: smallest divisor, in units of the reward.
 
@@ -80,8 +80,8 @@ class WeightedRewards(nn.Module):
         Args:
             images: ``(B, 3, H, W)`` float32 or bfloat16, in ``[0, 1]``.
             prompts: ``B`` strings.
-            update_statistics: take these scores into the running standard deviations, a collective operation when
-                torch.distributed runs; None = when ``images`` carries gradient, so evaluation changes nothing.
+            update_statistics: take these scores into the running standard deviations; None = when ``images`` carries
+                gradient, so evaluation changes nothing.
 
         Returns:
             ``total`` ``(B,)`` float32 with gradient, ``parts`` the raw scores by name, detached.
@@ -103,6 +103,11 @@ class WeightedRewards(nn.Module):
             if weight != 0:
                 total = total + weight * (score if divisors is None else score / divisors[i])
         return RewardOutput(total=total, parts=dict(zip(self.names, raw, strict=True)))
+
+    def synchronize(self) -> None:
+        """Share the running statistics with the other ranks; collective, once per step on every rank."""
+        if self.statistics is not None:
+            self.statistics.synchronize()
 
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
         """R x ``(B,)``, those that carry gradient first in time, so that the others reuse their features."""
