@@ -150,6 +150,8 @@ def save_samples(images: Tensor, run_dir: Path, *, step: int, prompts: Sequence[
     grid = save_grid(images, folder / f"step-{step:06d}.png", captions=prompts)
     for index, pixels in enumerate(to_uint8(images)):
         _save_png(Image.fromarray(pixels), folder / f"step-{step:06d}" / f"{index:03d}.png")
+    for surplus in sample_files(run_dir, step)[len(images) :]:
+        surplus.unlink()  # of a longer list of prompts, before this step was done again
     write_json(folder / "prompts.json", list(prompts))
     return grid
 

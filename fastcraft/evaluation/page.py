@@ -11,7 +11,16 @@ from typing import Any
 from fastcraft.evaluation.curves import curve_svg, short, smooth, smoothing_window
 from fastcraft.evaluation.images import plain
 from fastcraft.evaluation.page_style import STYLE
-from fastcraft.evaluation.page_tables import block, column, exam_table, facts_table, is_number, phase_table, safe
+from fastcraft.evaluation.page_tables import (
+    block,
+    breakable,
+    column,
+    exam_table,
+    facts_table,
+    is_number,
+    phase_table,
+    safe,
+)
 from fastcraft.evaluation.progress import duration
 from fastcraft.evaluation.scores import REWARD_SE
 
@@ -158,7 +167,7 @@ def _card(title: str, points: Sequence[tuple[int, Any]], *, exact: bool = False,
     window = 1 if exact or dots else smoothing_window(len(known))
     newest = short(smooth(known, window)[-1]) if known else ""
     svg = curve_svg([step for step, _ in points], values, label=plain(title), exact=exact, dots=dots)
-    return f'<figure class="card"><figcaption><b>{safe(title)}</b><span>{newest}</span></figcaption>{svg}</figure>'
+    return f'<figure class="card"><figcaption><b>{breakable(title)}</b><span>{newest}</span></figcaption>{svg}</figure>'
 
 
 def _cards(cards: Sequence[str]) -> str:

@@ -16,6 +16,11 @@ def safe(text: Any) -> str:
     return escape(plain(str(text)))
 
 
+def breakable(name: str) -> str:
+    """`safe`, with a place to break the line after each underscore and slash."""
+    return safe(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
 def block(text: str) -> str:
     """`safe`, line by line."""
     return "\n".join(safe(line) for line in text.splitlines())
@@ -42,7 +47,7 @@ def exam_table(before: Mapping[str, float | None], after: Mapping[str, float | N
         name = row.name.removeprefix(REWARD) if row.name != f"{REWARD}total" else "total reward"
         kind = " <small>reward</small>" if row.name.startswith(REWARD) and row.name != f"{REWARD}total" else ""
         cells = [_figure(row.before, row.before_se), _figure(row.after, row.after_se), difference]
-        rows.append(f"<tr><th>{safe(name)}{kind}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        rows.append(f"<tr><th>{breakable(name)}{kind}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     sure = any(name.startswith(REWARD_SE) for name in [*before, *after])
     note = '<p class="legend">± is the standard error of the mean.</p>' if sure else ""
     head = "<tr><th></th><td>before</td><td>after</td><td>difference</td></tr>"

@@ -95,9 +95,8 @@ def rewards_text(entry: Mapping[str, Any]) -> str:
     named = ([("reward", total)] if total is not None else []) + list(rewards.items())
     if not named and entry.get("loss") is not None:
         named = [("loss", entry["loss"])]
-    if entry.get("skipped"):
-        named = [*named, ("skipped", entry["skipped"])]
-    return "  ".join(f"{name} {value if isinstance(value, bool) else format(value, '.4g')}" for name, value in named)
+    words = [f"{name} {value:.4g}" for name, value in named]
+    return "  ".join([*words, "skipped"] if entry.get("skipped") else words)
 
 
 def speed_text(entry: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcraft.errors import UserError
 from fastcraft.evaluation.atomic import write_text
-from fastcraft.evaluation.images import save_samples
+from fastcraft.evaluation.images import plain, save_samples
 from fastcraft.evaluation.progress import Progress
 
 METRICS = "metrics.jsonl"
@@ -117,7 +117,7 @@ class RunRecord:
             if isinstance(value, dict):
                 self._scalars(value, step, name)
             elif isinstance(value, int | float):
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+                self._writer.add_scalar(plain(f"{group}/{name}"), value, step)
 
     def close(self) -> None:
         """Flush everything; the record takes no more steps."""
