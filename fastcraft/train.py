@@ -6,6 +6,7 @@ puts a run together; the loop is `fastcraft.trainer`, the step `fastcraft.object
 
 import argparse
 import contextlib
+import logging
 import os
 import shlex
 import sys
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(recipe: Recipe, args: argparse.Namespace) -> int:
     """Check everything, then run; nothing is written before all input is known to be good."""
+    _quiet_libraries()
     import torch
 
     from fastcraft.assemble import assemble
@@ -106,6 +108,14 @@ def train(recipe: Recipe, args: argparse.Namespace) -> int:
         return PREEMPTED_EXIT_CODE
     finally:
         close_distributed()
+
+
+def _quiet_libraries() -> None:
+    """No loading bars, and no word about xformers' CUDA extensions on a machine without CUDA."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _dry_run(recipe: Recipe, parts: "Parts") -> int:

@@ -143,7 +143,7 @@ def collapse(head: Mapping[str, Tensor], *, source: str = "") -> AestheticHead:
     bias = torch.zeros(0, dtype=torch.float64)
     for index in LAYERS:
         layer, shift = head[f"layers.{index}.weight"].double(), head[f"layers.{index}.bias"].double()
-        width = layer.shape[-1] if weight is None else weight.shape[0]
+        width = layer.shape[-1:].numel() if weight is None else weight.shape[0]
         if layer.ndim != 2 or layer.shape[1] != width or shift.shape != (layer.shape[0],):
             raise UserError(
                 f"rewards: aesthetic head {source!r}: layers.{index} has weight {tuple(layer.shape)} and bias "

@@ -32,6 +32,9 @@ class Reward(nn.Module, ABC):
     score_range: ClassVar[str]
     """Typical and possible values, for people."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     @abstractmethod
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score every image.

@@ -53,7 +53,7 @@ def load_clip(path: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
 def _check_path(path: str) -> None:
     """Local folders are checked by name, before transformers takes a mistyped one for a hub id."""
     folder = Path(path)
-    if folder.is_dir():
+    if path and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"rewards: {path!r} is no model folder: it has no config.json")
         if not any(folder.glob("model*.safetensors*")):
