@@ -13,8 +13,8 @@ class RunningStatistics:
     """Count, mean and sum of squared deviations per reward, merged batch by batch.
 
     Kept in float64 on the device of the scores; nothing is read back to the host. Scores that are NaN or infinite are
-    left out, so one bad step does not spoil the rest of the run. `update` is local, because a rank that was asked to stop
-    leaves its step before the rewards; `synchronize` is where ranks meet, once per step.
+    left out, so one bad step does not spoil the rest of the run. `update` is local, because a rank that was asked to
+    stop leaves its step before the rewards; `synchronize` is where ranks meet, once per step.
 
     Args:
         names: of the R rewards.

@@ -98,6 +98,8 @@ def test_running_std_equals_numpy():
     for step in range(4):
         images = pictures(step, num=2 + step)
         output = mix(images, ["x"] * (2 + step))
+        if step % 2:  # the numbers do not depend on when the scores are merged
+            mix.synchronize()
         for name, scores in seen.items():
             scores.extend(output.parts[name].tolist())
         expected = sum(
@@ -141,6 +143,8 @@ def test_resume_continues_the_statistics():
     for step in range(3):
         straight(pictures(step), PROMPTS)
         first(pictures(step), PROMPTS)
+        straight.synchronize()
+        first.synchronize()
     state = first.state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == {"brightness": (3,), "red": (3,)}
     resumed = mix_of(normalize="running_std")
@@ -148,6 +152,8 @@ def test_resume_continues_the_statistics():
     for step in range(3, 6):
         images = pictures(step)
         assert torch.equal(resumed(images, PROMPTS).total, straight(images, PROMPTS).total)
+        straight.synchronize()
+        resumed.synchronize()
     fresh = mix_of(normalize="running_std")
     assert not torch.equal(fresh(images, PROMPTS).total, straight(images, PROMPTS, update_statistics=False).total)
 
@@ -161,13 +167,17 @@ def test_state_of_other_rewards_is_refused():
 def test_evaluation_leaves_the_statistics_alone():
     mix = mix_of(normalize="running_std")
     mix(pictures(0), PROMPTS)
+    mix.synchronize()
     before = {name: value.clone() for name, value in mix.state_dict().items()}
     with torch.no_grad():
         mix(pictures(1), PROMPTS)
     mix(pictures(2).detach(), PROMPTS)
+    mix.synchronize()
+    assert before["red"][0] == 3
     assert all(torch.equal(before[name], value) for name, value in mix.state_dict().items())
     with torch.no_grad():
         mix(pictures(1), PROMPTS, update_statistics=True)
+    mix.synchronize()
     assert mix.state_dict()["red"][0] == 6, "count, on request"
 
 
@@ -178,18 +188,33 @@ def test_nan_does_not_spoil_the_statistics():
     bad[1] = float("nan")
     output = mix(bad.requires_grad_(), PROMPTS)
     assert output.total.isnan().tolist() == [False, True, False], "the bad score itself is not hidden"
+    mix.synchronize()
     assert mix.state_dict()["red"][0] == 5
     assert torch.isfinite(mix(pictures(2), PROMPTS).total).all()
+
+
+def test_a_state_holds_only_what_all_ranks_know():
+    mix = mix_of(normalize="running_std")
+    mix(pictures(0), PROMPTS)
+    assert mix.state_dict()["red"].tolist() == [0, 0, 0], "a step that was stopped midway leaves nothing behind"
+    mix.load_state_dict(mix.state_dict())
+    mix.synchronize()
+    assert mix.state_dict()["red"].tolist() == [0, 0, 0]
+
+
+def shared_pictures(step):
+    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
 
 
 def _rank(rank, world_size, file, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
     mix = mix_of(normalize="running_std")
-    for step in range(2):
-        images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))[2 * rank : 2 * rank + 2]
-        output = mix(images.requires_grad_(), ["", ""])
-    queue.put((rank, output.total.tolist(), {name: value.tolist() for name, value in mix.state_dict().items()}))
+    totals = []
+    for step in range(3):
+        totals.append(mix(shared_pictures(step)[2 * rank : 2 * rank + 2].requires_grad_(), ["", ""]).total.tolist())
+        mix.synchronize()
+    queue.put((rank, totals, {name: value.tolist() for name, value in mix.state_dict().items()}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -201,21 +226,27 @@ def test_statistics_are_those_of_all_ranks(tmp_path):
     try:
         for process in ranks:
             process.start()
-        (_, total_0, state_0), (_, total_1, state_1) = sorted(queue.get(timeout=60) for _ in ranks)
+        results = sorted(queue.get(timeout=60) for _ in ranks)
         for process in ranks:
             process.join(timeout=60)
             assert process.exitcode == 0
     finally:
         for process in ranks:
             process.kill()
-    assert state_0 == state_1
     single = mix_of(normalize="running_std")
-    for step in range(2):
-        images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)).requires_grad_()
-        output = single(images, [""] * 4)
-    np.testing.assert_allclose(total_0 + total_1, output.total.tolist(), rtol=1e-5)
-    for name, value in single.state_dict().items():
-        np.testing.assert_allclose(state_0[name], value.tolist(), rtol=1e-9)
+    scores = [single(shared_pictures(step).requires_grad_(), [""] * 4).parts for step in range(3)]
+    single.synchronize()
+    for _, _, state in results:
+        for name, value in single.state_dict().items():
+            np.testing.assert_allclose(state[name], value.tolist(), rtol=1e-9)
+    for rank, totals, _ in results:
+        for step in range(3):
+            expected = 0.0
+            for name, weight in (("brightness", 2.0), ("red", -0.5)):
+                own = scores[step][name].numpy()[2 * rank : 2 * rank + 2]
+                seen = np.concatenate([*(scores[earlier][name].numpy() for earlier in range(step)), own])
+                expected = expected + weight * own / seen.astype(np.float64).std().clip(1e-3)
+            np.testing.assert_allclose(totals[step], expected, rtol=1e-4, err_msg="all ranks before, this rank now")
 
 
 def test_a_reward_without_gradient_may_only_be_watched():
