@@ -83,6 +83,8 @@ def export_text_encoder(
     if lora:
         base = merge_lora(base, lora, scale=lora_scale(model)[1])
     state = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in to_prefixed(base).items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise ExportError(f"{out / 'text_encoder'}: weights are not finite in {dtype}")
     expected = _embed(model, reference_ids)
 
     def write(folder: Path) -> ExportReport:

@@ -41,9 +41,11 @@ class Interrupt:
         self._parent = os.getppid()
         launched = "RANK" in os.environ if launched is None else launched
         if watch_grandparent is None:
-            watch_grandparent = launched and _is_deepspeed_launcher(self._parent)
+            watch_grandparent = launched and _names_deepspeed(self._parent, "launch")
         self._launched = launched
         self._grandparent = _parent_of(self._parent) if watch_grandparent else None
+        if self._grandparent == 1 and not _names_deepspeed(1, ""):  # it died while this process was starting
+            self.reason = "the launcher died"
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         if launched:
             _signal_on_parent_death(signal.SIGTERM)
@@ -89,12 +91,13 @@ def _parent_of(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[1])  # the name in parentheses may hold spaces
 
 
-def _is_deepspeed_launcher(pid: int) -> bool:
+def _names_deepspeed(pid: int, launcher_module: str) -> bool:
+    """Whether a process's command line names DeepSpeed, or that module of its launcher."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("/", ".")
     except OSError:
         return False
-    return b"deepspeed.launcher.launch" in command or b"deepspeed/launcher/launch" in command
+    return (f"deepspeed.launcher.{launcher_module}" if launcher_module else "deepspeed") in command
 
 
 def _signal_on_parent_death(number: int) -> None:

@@ -46,11 +46,14 @@ class StepResult:
     lr: float
 
 
-def init_distributed(device_type: str) -> None:
+def init_distributed(device_type: str) -> bool:
     """Join the other ranks: gloo on ``"cpu"``, nccl on ``"cuda"``; called before anything else touches DeepSpeed.
 
     Ranks come from the environment that the ``deepspeed`` launcher or torchrun sets; without one this process is
     alone and opens no port. A process group that exists is used as it is.
+
+    Returns:
+        Whether a process group was opened here, and so is to be closed here.
 
     Raises:
         UserError: DS_ACCELERATOR asks for another device.
@@ -67,11 +70,12 @@ def init_distributed(device_type: str) -> None:
     else:
         torch.cuda.set_device(local_rank)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)  # DeepSpeed's call
-    backend = "gloo" if device_type == "cpu" else "nccl"
+    backend, opens = ("gloo" if device_type == "cpu" else "nccl"), not distributed.is_initialized()
     if not distributed.is_initialized() and "RANK" not in os.environ:
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING if rank() == 0 else logging.ERROR)
+    return opens
 
 
 def parameter_group(name: str) -> str:

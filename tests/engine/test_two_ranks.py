@@ -36,7 +36,7 @@ def run_two_ranks(script: Path, *arguments: str) -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -72,7 +72,7 @@ def results(job, make_text_model, input_ids, recipe):
 )
 def test_two_ranks_have_the_gradient_of_the_joined_batch(run, tolerance, job, results, make_text_model, input_ids):
     model = make_text_model()
-    model(input_ids).last_hidden_state.pow(2).mean().backward()
+    model(input_ids).last_hidden_state[..., :8].pow(2).mean().backward()
     expected = {name: param.grad for name, param in model.named_parameters()}
     gradients = load_file(job / f"{run}.safetensors")
     assert gradients.keys() == expected.keys()
