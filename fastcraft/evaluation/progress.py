@@ -1,5 +1,6 @@
 """The progress a person watches: a live bar on a terminal, a plain line every few seconds anywhere else."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -36,15 +37,14 @@ class Progress:
         self._previous_step = first_step
         self._seconds_per_step: float | None = None
         self._printed: float | None = None
-        self._bars = self._open_bars(first_step) if self.file.isatty() else []
+        self._bars = self._open_bars(first_step) if _is_terminal(self.file) else []
 
     def _open_bars(self, first_step: int) -> list[Any]:
         """The bar and, under it, a line for the rewards: on 80 columns one line cannot hold both."""
         from tqdm import tqdm
 
-        bar_format = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}"
         shared: dict[str, Any] = {"file": self.file, "dynamic_ncols": True, "leave": True}
-        bar = tqdm(total=self.num_steps, initial=first_step, desc="step", bar_format=bar_format, position=0, **shared)
+        bar = tqdm(total=self.num_steps, initial=first_step, bar_format=_bar_format(""), position=0, **shared)
         rewards = tqdm(total=0, bar_format="{desc}", position=1, **shared)
         return [bar, rewards]
 
@@ -60,7 +60,7 @@ class Progress:
         if self._bars:
             bar, rewards = self._bars
             rewards.set_description_str(rewards_text(entry), refresh=False)
-            bar.set_postfix_str("  ".join(filter(None, [speed_text(entry), left])), refresh=False)
+            bar.bar_format = _bar_format("  ".join(filter(None, [speed_text(entry), left])))
             bar.update(step - bar.n)
             bar.refresh()
             rewards.refresh()
@@ -86,6 +86,19 @@ class Progress:
         for bar in self._bars:
             bar.close()
         self._bars = []
+
+
+def _is_terminal(file: TextIO) -> bool:
+    """Whether a bar can be drawn: on a terminal that says it has no rows, tqdm would draw nothing at all."""
+    try:
+        return file.isatty() and min(os.get_terminal_size(file.fileno())) > 0
+    except OSError:  # no file descriptor, so no size to ask for
+        return file.isatty()
+
+
+def _bar_format(text: str) -> str:
+    """tqdm's own postfix would begin with a comma."""
+    return f"step {{n_fmt}}/{{total_fmt}} |{{bar}}| {text}"
 
 
 def rewards_text(entry: Mapping[str, Any]) -> str:

@@ -112,7 +112,7 @@ def rebuild_report(run_dir: Path) -> Path:
         exam_before=inputs.exam_before,
         exam_after=inputs.exam_after,
         environment=inputs.environment,
-        notes=inputs.notes,
+        notes=[*inputs.notes, *_went_on(metrics, inputs.after_step)],
         command=inputs.command,
         metrics=metrics,
         evaluations=read_evaluations(run_dir),
@@ -143,6 +143,14 @@ def _strips(run_dir: Path, prompts: Sequence[str], steps: Sequence[int]) -> list
         (prompt, [(step, files[step][index]) for step in chosen if index < len(files[step])])
         for index, prompt in enumerate(prompts[:STRIP_PROMPTS])
     ]
+
+
+def _went_on(metrics: Sequence[Mapping[str, Any]], after_step: int) -> list[str]:
+    """A note for a run that was resumed after its report and stopped before the next one."""
+    last = metrics[-1]["step"] if metrics else 0
+    if last <= after_step:
+        return []
+    return [f"The pictures and the table are of step {after_step}; the curves go on to step {last}."]
 
 
 def _stored_inputs(run_dir: Path) -> ReportInputs | None:

@@ -4,9 +4,12 @@ import getpass
 import json
 import os
 import re
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastcraft
@@ -49,12 +52,27 @@ def test_a_missing_package_is_null(monkeypatch):
     assert environment()["versions"]["no-such-package"] is None
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_commit_only_of_the_own_checkout(tmp_path, monkeypatch):
-    commit = environment()["git_commit"]
-    assert commit is None or re.fullmatch(r"[0-9a-f]{40}", commit)
-    inside_other = tmp_path / "site-packages" / "fastcraft" / "__init__.py"
-    inside_other.parent.mkdir(parents=True)
-    os.system(f"git init -q {tmp_path}")
-    monkeypatch.setattr(fastcraft, "__file__", str(inside_other))
-    facts = environment()
-    assert (facts["git_commit"], facts["git_modified"]) == (None, None)
+    def git(*arguments):
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit_seen_from(module):
+        monkeypatch.setattr(fastcraft, "__file__", str(module))
+        facts = environment()
+        return facts["git_commit"], facts["git_modified"]
+
+    own, foreign = tmp_path / "fastcraft" / "__init__.py", tmp_path / "site-packages" / "fastcraft" / "__init__.py"
+    for module in (own, foreign):
+        module.parent.mkdir(parents=True)
+        module.touch()
+    assert commit_seen_from(own) == (None, None)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    assert commit_seen_from(own) == (git("rev-parse", "HEAD"), False)
+    assert commit_seen_from(foreign) == (None, None)
+    own.write_text("changed")
+    assert commit_seen_from(own) == (git("rev-parse", "HEAD"), True)

@@ -83,14 +83,15 @@ def test_captions_stay_inside_their_cell(text, width):
         assert lines == [text][: len(text)]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call):
     path = save_grid(torch.zeros(1, 3, 8, 8), tmp_path / "grid.png")
     old = path.read_bytes()
 
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastcraft.evaluation.atomic.os.fsync", broken)
+    monkeypatch.setattr(f"fastcraft.evaluation.atomic.os.{call}", broken)
     with pytest.raises(OSError, match="No space left"):
         save_grid(torch.ones(1, 3, 8, 8), path)
     assert path.read_bytes() == old

@@ -1,6 +1,10 @@
 """Progress: plain lines into a file, a bar on a terminal."""
 
 import io
+import os
+import termios
+
+import pytest
 
 from fastcraft.evaluation.progress import Progress, duration, rewards_text, speed_text
 
@@ -69,9 +73,32 @@ def test_a_terminal_gets_a_bar_with_everything():
     progress.message("saved")
     progress.close()
     text = file.getvalue()
-    for part in ("3/20", "reward 0.7143", "aesthetic 5.322", "3.41 samples/s/GPU", "12.3 GiB", "0:34 left", "saved\n"):
+    for part in (
+        "3/20",
+        "reward 0.7143",
+        "aesthetic 5.322",
+        "3.41 samples/s/GPU",
+        "12.3 GiB",
+        "0:34 left",
+        "saved\n",
+        "| 3.41",
+    ):
         assert part in text, f"{part!r} is not on the terminal"
     assert "\r" in text
+
+
+@pytest.mark.parametrize("rows", [0, 24])
+def test_a_terminal_without_a_size_gets_plain_lines(rows):
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (rows, 100))
+    with open(slave, "w") as file:
+        progress = Progress(1, file=file)
+        progress.update(entry(1))
+        progress.close()
+        text = os.read(master, 100_000).decode()
+    os.close(master)
+    assert "1/1" in text
+    assert ("|" in text) == (rows > 0)
 
 
 def test_what_is_unknown_is_left_out():

@@ -165,6 +165,7 @@ def test_there_is_a_curve_for_everything(page):
 
 
 def test_figures_in_words(page):
+    assert "the curves go on" not in page.text
     assert "total reward 0.25 ± 0.062 0.75 ± 0.12 +0.5" in page.text
     assert "fully_right 0.5 0.375 \u22120.125" in page.text
     for part in (
@@ -224,6 +225,7 @@ def test_stored_pictures_are_enough(tmp_path):
     fill(tmp_path)
     page = Page(report(tmp_path, before=None, after=None, before_step=6, after_step=6).read_text())
     assert len(page.all("img")) == 3
+    assert "are of step 6; the curves go on to step 12" in page.text
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty", "damaged"])
