@@ -95,7 +95,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         return _dry_run(recipe, parts)
-    init_distributed(device.type)
+    opened = init_distributed(device.type)
     try:
         return _run(recipe, args, parts, filled, interrupt)
     except TrainingFailed as error:
@@ -107,7 +107,9 @@ def train(recipe: Recipe, args: argparse.Namespace) -> int:
             print(f"fastcraft: stopped ({reason}); go on with --resume", file=sys.stderr, flush=True)
         return PREEMPTED_EXIT_CODE
     finally:
-        close_distributed()
+        interrupt.restore()
+        if opened:
+            close_distributed()
 
 
 def _quiet_libraries() -> None:

@@ -80,7 +80,7 @@ def init_distributed(device_type: str) -> bool:
 
 def parameter_group(name: str) -> str:
     """The part of the encoder that a parameter belongs to: ``"embeddings"``, ``"encoder.layers.3"``, ..."""
-    match = re.match(r"(?:text_model\.)?(.*?layers\.\d+(?=\.)|[^.]+)", name)
+    match = re.match(r"(?:model\.)?(?:text_model\.)?(.*?layers\.\d+(?=\.)|[^.]+)", name)
     return match[1] if match else name
 
 
