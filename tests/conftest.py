@@ -98,7 +98,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_parts(tiny_pipeline: Path) -> SimpleNamespace:
     """Fresh parts of the tiny model, by the loader that loads real ones; ``stock`` is its UNet as diffusers made it."""
     from diffusers import UNet2DConditionModel

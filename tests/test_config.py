@@ -100,5 +100,5 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*gone.toml.*No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*gone\.toml.*No such file"):
         load_recipe(str(tmp_path / "gone.toml"))

@@ -37,7 +37,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture()
+@pytest.fixture
 def recipe(tiny_pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
@@ -205,7 +205,7 @@ class Bad(BrightnessReward):
 '''
 
 
-@pytest.fixture()
+@pytest.fixture
 def bad_reward(tmp_path, monkeypatch):
     import sys
 
@@ -282,9 +282,7 @@ def bad_inputs(tmp: Path):
     (tmp / "long.txt").write_text("x" * 5000)
     (tmp / "broken.json").write_text("{")
     (tmp / "stage3.json").write_text('{"zero_optimization": {"stage": 3}}')
-    (tmp / "contradiction.json").write_text(
-        '{"train_micro_batch_size_per_gpu": 64, "zero_optimization": {"stage": 2}}'
-    )
+    (tmp / "contradiction.json").write_text('{"train_micro_batch_size_per_gpu": 64, "zero_optimization": {"stage": 2}}')
     (tmp / "no_model").mkdir()
     (tmp / "file_as_dir").write_text("x")
 
@@ -293,7 +291,10 @@ def bad_inputs(tmp: Path):
     ("extra", "message"),
     [
         (["--recipe", "shapez"], "unknown recipe 'shapez'; did you mean 'shapes'"),
-        (["--set", "objective.backprop_steps=5"], r"backprop_steps must be at most sampler.num_inference_steps \(4\), got 5"),
+        (
+            ["--set", "objective.backprop_steps=5"],
+            r"backprop_steps must be at most sampler.num_inference_steps \(4\), got 5",
+        ),
         (["--set", "train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
         (["--set", "train.batch_size=-3"], "train.batch_size must be at least 1, got -3"),
         (["--set", "train.nun_steps=1"], "unknown key 'train.nun_steps'; did you mean 'num_steps'"),

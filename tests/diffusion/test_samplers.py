@@ -46,9 +46,7 @@ def test_grid_rejects_bad_input():
 def test_every_step_equals_diffusers(name, spacing, eta, prediction_type):
     theirs = scheduler(prediction_type, spacing)
     theirs.set_timesteps(20)
-    ours = SAMPLERS.get(name)(
-        NoiseSchedule.from_diffusers(theirs), num_inference_steps=20, eta=eta, spacing=spacing
-    )
+    ours = SAMPLERS.get(name)(NoiseSchedule.from_diffusers(theirs), num_inference_steps=20, eta=eta, spacing=spacing)
     generator = torch.Generator().manual_seed(0)
     for index, timestep in enumerate(theirs.timesteps):
         latents, output, noise = torch.randn(3, 2, 4, 8, 8, generator=generator).unbind(0)
@@ -61,7 +59,8 @@ def test_every_step_equals_diffusers(name, spacing, eta, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_step_is_differentiable_in_all_it_reads(prediction_type):
-    sampler = SAMPLERS.get("ddim")(NoiseSchedule.from_diffusers(scheduler(prediction_type)), num_inference_steps=5, eta=1)
+    schedule = NoiseSchedule.from_diffusers(scheduler(prediction_type))
+    sampler = SAMPLERS.get("ddim")(schedule, num_inference_steps=5, eta=1)
     inputs = [torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     for index in range(5):
         assert torch.autograd.gradcheck(lambda *args, i=index: sampler.step(i, *args), inputs)

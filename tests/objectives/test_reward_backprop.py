@@ -290,9 +290,7 @@ def test_gradient_is_zero_outside_the_window(tiny_parts):
 def test_choose_trajectory_covers_what_it_should(truncation, expected):
     seen = set()
     for seed in range(50):
-        trajectory = choose_trajectory(
-            truncation, num_inference_steps=T, backprop_steps=2, rng=random.Random(seed)
-        )
+        trajectory = choose_trajectory(truncation, num_inference_steps=T, backprop_steps=2, rng=random.Random(seed))
         seen.add((trajectory.num_steps, trajectory.grad_steps))
     assert seen == expected
 
