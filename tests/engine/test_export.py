@@ -45,7 +45,8 @@ def base_pipeline(make_text_model, tokenizer_folder, tmp_path):
     )  # fmt: skip
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=make_text_model(), tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder), unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(tmp_path / "base")
     return tmp_path / "base"

@@ -13,6 +13,7 @@ from fastcraft.engine.keymap import (
     lora_to_diffusers,
     lora_to_kohya,
     merge_lora,
+    parameter_group,
     split_lora,
     to_flat,
     to_prefixed,
@@ -123,3 +124,12 @@ def test_what_cannot_be_mapped_is_refused(lora_model, make_text_model):
         lora_from_kohya(kohya)
     with pytest.raises(UserError, match="no adapter"):
         lora_scale(make_text_model())
+
+
+def test_parameter_groups():
+    assert parameter_group("text_model.encoder.layers.11.mlp.fc1.weight") == "encoder.layers.11"
+    assert parameter_group("encoder.layers.1.self_attn.q_proj.lora_A.default.weight") == "encoder.layers.1"
+    assert parameter_group("embeddings.token_embedding.weight") == "embeddings"
+    assert parameter_group("final_layer_norm.bias") == "final_layer_norm"
+    assert parameter_group("model.text_model.final_layer_norm.bias") == "final_layer_norm"
+    assert parameter_group("weight") == "weight"

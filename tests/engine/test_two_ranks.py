@@ -103,6 +103,10 @@ def test_two_ranks_go_on_as_one(job, results, make_engine, micro_step, input_ids
     assert engine.step().took_step
 
 
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(results):
+    assert [checks["nan_on_rank_1"] for checks in results] == [True, True]
+
+
 def test_every_rank_hears_a_flag_of_any(results):
     assert [checks["agree"] for checks in results] == [[True, True, False]] * 2
     assert agree([True, False]) == [True, False]

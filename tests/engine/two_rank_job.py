@@ -61,6 +61,10 @@ def main(folder: Path, ds_configs: Path) -> None:
 
     checks = {"agree": agree([rank == 0, rank == 1, False])}
 
+    poisoned = engine("zero2", "float32", 1)
+    poisoned.backward(poisoned(batch[:4]).last_hidden_state.mean() * (float("nan") if rank == 1 else 1.0))
+    checks["nan_on_rank_1"] = poisoned.step().skipped
+
     torch.manual_seed(100 + rank)
     first = engine("zero2", "float32", 1)
     for _ in range(2):

@@ -87,9 +87,12 @@ class ThresholdReward(Reward):
         super().__init__()
         self.threshold, self.slope = threshold, slope
         self.dropout = torch.nn.Dropout(0.5)
+        self.offset = torch.nn.Parameter(torch.zeros(()))  # and it forgot to call freeze
 
     def forward(self, images, prompts):
-        return self.dropout(torch.sigmoid(self.slope * (images.float().mean(dim=(1, 2, 3)) - self.threshold)))
+        return self.dropout(
+            torch.sigmoid(self.slope * (images.float().mean(dim=(1, 2, 3)) - self.threshold + self.offset))
+        )
 
 
 def build(specs, *, bundled=None):
@@ -103,6 +106,7 @@ def test_a_users_class_needs_no_change_here(monkeypatch):
     output = mix(torch.full((1, 3, 8, 8), 0.5), ["x"])
     assert list(output.parts) == ["threshold"]
     assert output.total.item() == pytest.approx(1.0), "weight 2 times sigmoid(0), and dropout is off"
+    assert not output.total.requires_grad, "the mix freezes what its author forgot to"
 
 
 @pytest.mark.parametrize(

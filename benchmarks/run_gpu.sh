@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step] ...
+# Each part stays well under nine minutes and writes to $OUT (default benchmarks/results/<card>/).
+# SMALL=1 rehearses the same commands at small sizes on a machine without a GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
+OUT=${OUT:-benchmarks/results/$card}
+WORK=${WORK:-$(mktemp -d)}
+width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16
+if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32; fi
+mkdir -p "$OUT" "$WORK"
+launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
+
+models() { [ -d "$WORK/models/reward" ] || python3 -m benchmarks.random_sd15 "$WORK/models" --width "$width"; }
+
+sd15() { # batch size
+    models
+    "${launch[@]}" fastcraft/train.py --ds_config ds_configs/zero2.json --recipe textcraftor_sd15 \
+        --model "$WORK/models/pipeline" --prompts fastcraft/shapes/prompts/train.txt --run-dir "$WORK/sd15-b$1" \
+        --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
+        --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
+        --set train.num_steps="$steps" --set train.batch_size="$1" --set train.dtype="$dtype" \
+        --set train.checkpoint_every=0 --set evaluate.num_samples=1 --set evaluate.every=0
+    cp "$WORK/sd15-b$1/metrics.jsonl" "$OUT/sd15_b$1_metrics.jsonl"
+    cp "$WORK/sd15-b$1/environment.json" "$OUT/environment.json"
+}
+
+[ $# -gt 0 ] || set -- tests shapes sd15 step
+for part in "$@"; do
+    case $part in
+        tests) python3 -m pytest -p no:cacheprovider tests/diffusion tests/objectives tests/text ;;
+        shapes)
+            "${launch[@]}" fastcraft/train.py --ds_config ds_configs/zero2.json --run-dir "$WORK/shapes" --set train.num_steps="$steps"
+            cp "$WORK/shapes/metrics.jsonl" "$OUT/shapes_metrics.jsonl" ;;
+        sd15) for batch in $batches; do sd15 "$batch"; done ;;
+        step)
+            models
+            python3 -m benchmarks.step --recipe textcraftor_sd15 --rounds "$rounds" --out "$OUT/step_sd15.json" \
+                --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
+                --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
+                --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
+                --set train.batch_size="${batches%% *}" --set train.dtype="$dtype" ;;
+        *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step" >&2; exit 2 ;;
+    esac
+done
+python3 - "$OUT" <<'PY'
+import json, pathlib, statistics, sys
+
+for file in sorted(pathlib.Path(sys.argv[1]).glob("*_metrics.jsonl")):
+    rows = [json.loads(line) for line in file.read_text().splitlines()][2:] or [{"samples_per_sec_per_gpu": 0, "peak_memory_mib": 0}]
+    speed = statistics.median(row["samples_per_sec_per_gpu"] for row in rows)
+    print(f"{file.stem:<24} {speed:8.3f} samples/s  {max(row['peak_memory_mib'] for row in rows):9.0f} MiB")
+PY
