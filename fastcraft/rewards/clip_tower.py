@@ -122,8 +122,7 @@ class ClipTower(nn.Module):
         return torch.stack(rows)
 
     def _encode_text(self, prompt: str, device: torch.device) -> Tensor:
-        # Tensors made in inference mode could not take part in a later training step.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             length = self.model.config.text_config.max_position_embeddings
             tokens = self.tokenizer(
                 [prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt"

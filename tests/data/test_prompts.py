@@ -175,7 +175,7 @@ BAD = {
     "binary json": ("a.json", b"[\n\xff]", "line 2: byte 1 is not UTF-8"),
     "long": ("a.txt", b"ok\n" + b"x" * 4001, "line 2: a prompt may have at most 4000 characters, got 4001"),
     "endless": ("a.txt", b"ok\n" + b"x" * 10**6, "line 2: longer than 17024 bytes"),
-    "endless wide": ("a.txt", b"ok\n" + "a猫".encode() * 10**5, "line 2: longer than 17024 bytes"),
+    "endless wide": ("a.txt", b"ok\n" + "é".encode() * 10**5, "line 2: longer than 17024 bytes"),
     "long in jsonl": ("a.jsonl", b'"ok"\n"' + b"x" * 4001 + b'"', "line 2: a prompt may have at most 4000"),
     "long in csv": ("a.csv", b"prompt\n\nok\n" + b"x" * 4001, "line 4: a prompt may have at most 4000"),
     "surrogate": ("a.jsonl", rb'"ok"' + b"\n" + rb'"half \ud83d"', r"line 2: a lone surrogate ('\ud83d')"),
