@@ -41,9 +41,15 @@ def test_several_phrasings_are_used() -> None:
 
 @pytest.mark.parametrize(
     "caption",
-    ["a pink circle", "a red circle and", "two circles", "There are two objects in the picture.", "The red circle is small.",
-     "There is one object in the picture. One object is a red circle. It is nice."],
-)  # fmt: skip
+    [
+        "a pink circle",
+        "a red circle and",
+        "two circles",
+        "There are two objects in the picture.",
+        "The red circle is small.",
+        "There is one object in the picture. One object is a red circle. It is nice.",
+    ],
+)
 def test_text_outside_the_grammar_is_refused(caption: str) -> None:
     with pytest.raises(ValueError, match="caption must"):
         parse(caption)
