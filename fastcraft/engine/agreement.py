@@ -1,5 +1,6 @@
 """What ranks need to know of each other: their number, a barrier, and whether any of them has seen something."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -27,8 +28,11 @@ def agree(flags: Sequence[bool]) -> list[bool]:
 
 
 def close_distributed() -> None:
-    """Leave the process group; the last thing that a run does."""
-    if distributed.is_initialized():
+    """Leave the process group; the last thing that a run does. Another run may follow in the same process."""
+    deepspeed = sys.modules.get("deepspeed.comm")  # keeps references of its own, where it was used at all
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()
+    elif distributed.is_initialized():
         distributed.destroy_process_group()
 
 
@@ -44,8 +48,7 @@ def world_size() -> int:
 
 def barrier() -> None:
     """Wait for every rank."""
-    if world_size() > 1:
-        distributed.barrier()
+    agree([False])
 
 
 def gather(value: Any) -> list[Any] | None:

@@ -140,13 +140,16 @@ def load_checkpoint(path: Path, *, rank: int, world_size: int) -> Checkpoint:
     except ValueError as error:
         raise UserError(f"--resume: {str(path)!r} cannot be used: {error}") from error
     same = manifest["world_size"] == world_size
-    return Checkpoint(
-        step=manifest["step"],
-        world_size=manifest["world_size"],
-        tensors=load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors"),
-        rank_tensors=load_file(path / f"rank-{rank:04d}.safetensors") if same else None,
-        state=json.loads((path / "state.json").read_text(encoding="utf-8")),
-    )
+    try:
+        return Checkpoint(
+            step=manifest["step"],
+            world_size=manifest["world_size"],
+            tensors=load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors"),
+            rank_tensors=load_file(path / f"rank-{rank:04d}.safetensors") if same else None,
+            state=json.loads((path / "state.json").read_text(encoding="utf-8")),
+        )
+    except (SafetensorError, ValueError) as error:  # the manifest holds, but was made for something else
+        raise UserError(f"--resume: {str(path)!r} cannot be used: {error}") from error
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ _REFUSED = {
     "activation_checkpointing": "memory.policy plans what is recomputed",
     "compile": "the trained part is not compiled",
 }
-_ADAMW_PARAMS = ("lr", "betas", "eps", "weight_decay")
+_ADAMW_PARAMS = ("lr", "betas", "eps", "weight_decay", "torch_adam")
+_AUTOCAST = ("enabled", "dtype", "lower_precision_safe_modules")
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
@@ -54,11 +56,14 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     for key in config:
         if key in _REFUSED:
             raise UserError(f"--ds_config: {key!r} is refused: {_REFUSED[key]}")
-        if key not in _ACCEPTED:
-            raise UserError(f"--ds_config: unknown key {key!r}{suggestion(key, _ACCEPTED)}")
+    _check_keys(config, "", _ACCEPTED)
     _check_zero(_section(config, "zero_optimization"))
-    _check_optimizer(_section(config, "optimizer"))
-    _section(config, "torch_autocast")
+    optimizer = _section(config, "optimizer")
+    _check_keys(optimizer, "optimizer.", ("type", "params"))
+    _check_keys(_section(optimizer, "params"), "optimizer.params.", _ADAMW_PARAMS)
+    if optimizer.get("type", "AdamW") != "AdamW":
+        raise UserError(f"--ds_config: optimizer.type must be 'AdamW', got {optimizer['type']!r}")
+    _check_keys(_section(config, "torch_autocast"), "torch_autocast.", _AUTOCAST)
     return config
 
 
@@ -93,6 +98,8 @@ def fill_ds_config(
     optimizer = config.setdefault("optimizer", {})
     optimizer["type"] = "AdamW"
     params = optimizer.setdefault("params", {})
+    if params.pop("torch_adam", True) is not True:
+        raise UserError("--ds_config: optimizer.params.torch_adam must be true: DeepSpeed's own would be compiled")
     for key, value, name in (
         ("lr", learning_rate, "learning_rate"),
         ("betas", list(betas), "betas"),
@@ -134,20 +141,16 @@ def _check_zero(zero: dict[str, Any]) -> None:
         raise UserError(f"--ds_config: zero_optimization.offload_optimizer.device must be none or cpu, got {device!r}")
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         size = zero.get(key, "auto")
-        if size != "auto" and (isinstance(size, (bool, str)) or size != int(size) or size < 2 or size % 2):
+        number = isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size)
+        if size != "auto" and not (number and size >= 2 and size % 2 == 0):
             raise UserError(f"--ds_config: zero_optimization.{key} must be 'auto' or an even number, got {size!r}")
 
 
-def _check_optimizer(optimizer: dict[str, Any]) -> None:
-    kind = optimizer.get("type", "AdamW")
-    if kind != "AdamW":
-        raise UserError(f"--ds_config: optimizer.type must be 'AdamW', got {kind!r}")
-    params = _section(optimizer, "params")
-    for key in params:
-        if key == "torch_adam" and params[key] is True:  # what this project does anyway
-            continue
-        if key not in _ADAMW_PARAMS:
-            raise UserError(f"--ds_config: unknown key 'optimizer.params.{key}'{suggestion(key, _ADAMW_PARAMS)}")
+def _check_keys(section: dict[str, Any], prefix: str, known: Iterable[str]) -> None:
+    """DeepSpeed ignores unknown keys here, and with them what was meant."""
+    for key in section:
+        if key not in known:
+            raise UserError(f"--ds_config: unknown key {prefix + key!r}{suggestion(key, known)}")
 
 
 def _fill_autocast(autocast: dict[str, Any], dtype: str) -> None:

@@ -8,7 +8,6 @@ import copy
 import logging
 import math
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 
 from fastcraft.engine.agreement import barrier, close_distributed, rank, world_size
 from fastcraft.engine.ds_config import fill_ds_config, load_ds_config
+from fastcraft.engine.keymap import parameter_group
 from fastcraft.engine.schedule import lr_at
 from fastcraft.errors import UserError
 
 __all__ = [
-    "StepResult", "Zero2Engine", "barrier", "close_distributed", "fill_ds_config", "init_distributed",
-    "load_ds_config", "lr_at", "parameter_group", "rank", "world_size",
+    "StepResult", "Zero2Engine", "barrier", "close_distributed", "fill_ds_config", "init_distributed", "load_ds_config",
+    "lr_at", "parameter_group", "rank", "world_size",
 ]  # fmt: skip
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,12 +78,6 @@ def init_distributed(device_type: str) -> bool:
     return opens
 
 
-def parameter_group(name: str) -> str:
-    """The part of the encoder that a parameter belongs to: ``"embeddings"``, ``"encoder.layers.3"``, ..."""
-    match = re.match(r"(?:model\.)?(?:text_model\.)?(.*?layers\.\d+(?=\.)|[^.]+)", name)
-    return match[1] if match else name
-
-
 class Zero2Engine:
     """Trains the parameters of one module that require a gradient.
 
@@ -118,9 +112,8 @@ class Zero2Engine:
 
         config = copy.deepcopy(dict(ds_config))
         params = config.pop("optimizer")["params"]
-        self._schedule = {
-            "peak": params["lr"], "warmup_steps": warmup_steps, "total_steps": total_steps, "schedule": lr_schedule,
-        }  # fmt: skip
+        self._schedule = {"peak": params["lr"], "warmup_steps": warmup_steps,
+                          "total_steps": total_steps, "schedule": lr_schedule}  # fmt: skip
         self._parameters = {name: param for name, param in module.named_parameters() if param.requires_grad}
         if not self._parameters:
             raise UserError("nothing to train: no parameter of the text encoder requires a gradient")
@@ -137,7 +130,7 @@ class Zero2Engine:
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         except pydantic.ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
+            where = ".".join(map(str, problem["loc"]))
             raise UserError(f"--ds_config: {where}: {problem['msg']}, got {problem['input']!r}") from error
         self.module = module
         self._updates = 0
@@ -169,7 +162,8 @@ class Zero2Engine:
         self._awaits_step = False
         lr = self.lr
         due = self._engine.is_gradient_accumulation_boundary()
-        self._set_rate(lr)
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr
         self._engine.step()
         if not due:
             self._micro_steps += 1
@@ -224,11 +218,11 @@ class Zero2Engine:
 
     def group_gradient_norms(self) -> dict[str, float]:
         """`parameter_group` -> norm of its gradient; when and how as `gradients`. Zero means: not trained."""
-        squares: dict[str, float] = {}
+        norms: dict[str, float] = {}
         for name, gradient in self.gradients().items():
             group = parameter_group(name)
-            squares[group] = squares.get(group, 0.0) + float(gradient.double().square().sum())
-        return {group: math.sqrt(square) for group, square in squares.items()}
+            norms[group] = math.hypot(norms.get(group, 0.0), float(gradient.norm()))
+        return norms
 
     def group_changes(self, before: Mapping[str, Tensor]) -> dict[str, float]:
         """`parameter_group` -> largest absolute change of a weight since ``before`` (clones of the parameters)."""
@@ -303,7 +297,3 @@ class Zero2Engine:
         self._updates = updates
         for moments in self._zero.optimizer.state.values():
             moments["step"].fill_(updates)
-
-    def _set_rate(self, lr: float) -> None:
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = lr

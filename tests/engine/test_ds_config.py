@@ -39,6 +39,9 @@ def write(tmp_path):
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}}, ["reduce_bucket_size", "even", "5"]),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lamb"}}, ["AdamW", "Lamb"]),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"params": {"beta": 1}}}, ["params.beta", "'betas'"]),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"param": {}}}, ["optimizer.param", "'params'"]),
+        ({"zero_optimization": {"stage": 2}, "torch_autocast": {"enable": True}}, ["autocast.enable", "'enabled'"]),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": [5]}}, ["reduce_bucket_size", "even", "[5]"]),
     ],
 )
 def test_a_bad_file_is_one_clear_line(write, content, words):
@@ -86,6 +89,7 @@ def test_buckets_are_sized_to_the_encoder(recipe, num_parameters, largest, bucke
         ({"gradient_accumulation_steps": 4}, ["is 4", "train.gradient_accumulation_steps is 1"]),
         ({"gradient_clipping": 0.5}, ["gradient_clipping is 0.5", "train.max_grad_norm is 1.0"]),
         ({"torch_autocast": {"enabled": True}}, ["torch_autocast.enabled is True", "train.dtype is 'float32'"]),
+        ({"optimizer": {"params": {"torch_adam": False}}}, ["optimizer.params.torch_adam must be true"]),
         ({"optimizer": {"params": {"lr": 0.1}}}, ["optimizer.params.lr is 0.1", "train.learning_rate is 0.001"]),
     ],
 )
