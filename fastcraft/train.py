@@ -226,9 +226,10 @@ def _finish(recipe: Recipe, args: argparse.Namespace, parts: "Parts", run_dir: P
         notes=[*trainer.notes(), *checks],
         command=shlex.join(["deepspeed", "fastcraft/train.py", *sys.argv[1:]]),
     )
+    base = parts.components.folder if recipe.model.path == "shapes" else recipe.model.path
     for line in checks:
         print(line)
-    print(closing_lines(run_dir, base_model=recipe.model.path, report=report))
+    print(closing_lines(run_dir, base_model=str(base), report=report))
 
 
 if __name__ == "__main__":

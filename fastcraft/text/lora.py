@@ -18,7 +18,12 @@ def inject_lora(model: Any, *, rank: int, alpha: float) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     model.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS), init_lora_weights="gaussian")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r: a fraction is fine
+        target_modules=list(TARGETS),
+        init_lora_weights="gaussian",
+    )
     inject_adapter_in_model(config, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
