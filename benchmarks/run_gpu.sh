@@ -30,7 +30,7 @@ sd15() { # batch size
 [ $# -gt 0 ] || set -- tests shapes sd15 step
 for part in "$@"; do
     case $part in
-        tests) python3 -m pytest -p no:cacheprovider tests/diffusion tests/objectives tests/text ;;
+        tests) python3 -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py ;;
         shapes)
             "${launch[@]}" fastcraft/train.py --ds_config ds_configs/zero2.json --run-dir "$WORK/shapes" --set train.num_steps="$steps"
             cp "$WORK/shapes/metrics.jsonl" "$OUT/shapes_metrics.jsonl" ;;

@@ -1,13 +1,12 @@
 """Samples/s of the whole optimiser step against the published loop: ``python -m benchmarks.step [--out FILE]``.
 
 Same models, prompts, noise and machine in one run, the loops taking turns, so that a noisy machine bothers all alike.
-What counts is the ratio of medians.
+What counts is the ratio of medians. Memory is not compared here: all loops live in one process.
 """
 
 import argparse
 import copy
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +27,9 @@ from fastcraft.recipe import Recipe
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
 
-def published(recipe: Recipe, device: torch.device, *, repaired: bool) -> Callable[[int], float]:
+def published(
+    recipe: Recipe, device: torch.device, *, repaired: bool, autocast: torch.dtype | None = None
+) -> Callable[[int], float]:
     """A step function of the published loop, on modules of its own."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
@@ -44,12 +45,12 @@ def published(recipe: Recipe, device: torch.device, *, repaired: bool) -> Callab
         unet=unet, vae=parts.components.vae, text_encoder=model, original=copy.deepcopy(model).requires_grad_(False),
         tokenizer=parts.components.tokenizer, scheduler=scheduler, rewards=parts.rewards,
         guidance_scale=recipe.sampler.guidance_scale, backprop_steps=recipe.objective.backprop_steps,
-        latent_shape=parts.components.latent_shape, repaired=repaired,
+        latent_shape=parts.components.latent_shape, repaired=repaired, autocast=autocast,
     )  # fmt: skip
     order = PromptOrder(parts.prompts, seed=0)
 
     def step(number: int) -> float:
-        batch = order.batch(number, 0, 0, world_size=1, batch_size=recipe.train.batch_size, accumulation=1)
+        batch = order.batch(number * recipe.train.batch_size, 0, batch_size=recipe.train.batch_size)
         return loop.step(batch.prompts, parts.image_model.noise(batch.indices)[0])
 
     return step
@@ -73,7 +74,7 @@ def fastcraft(recipe: Recipe, device: torch.device) -> Callable[[int], float]:
     order = PromptOrder(parts.prompts, seed=0)
 
     def step(number: int) -> float:
-        batch = order.batch(number, 0, 0, world_size=1, batch_size=train.batch_size, accumulation=1)
+        batch = order.batch(number * train.batch_size, 0, batch_size=train.batch_size)
         (output,) = objective.losses(batch, draw=number)
         engine.backward(output.loss)
         engine.step()
@@ -85,17 +86,14 @@ def fastcraft(recipe: Recipe, device: torch.device) -> Callable[[int], float]:
 def measure(loops: dict[str, Callable[[int], float]], rounds: int, batch_size: int, device: torch.device) -> dict:
     """Seconds per step of every loop: one warm-up each, then ``rounds`` rounds in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    peaks: dict[str, float] = {}
     for number in range(rounds + 1):
         for name, step in loops.items():
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
                 torch.cuda.synchronize(device)
             began = time.perf_counter()
             step(number)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20
             if number:
                 seconds[name].append(time.perf_counter() - began)
     base = statistics.median(next(iter(seconds.values())))
@@ -106,7 +104,6 @@ def measure(loops: dict[str, Callable[[int], float]], rounds: int, batch_size: i
             "seconds_20_50_80": [low, middle, high],
             "samples_per_sec": batch_size / middle,
             "ratio_to_first": base / statistics.median(values),
-            "peak_memory_mib": peaks.get(name),
         }
     return rows
 
@@ -133,9 +130,12 @@ def main() -> None:
     exact = load_recipe(args.recipe, [*args.overrides, "train.dtype=float32"])
     keep = load_recipe(args.recipe, [*args.overrides, "memory.policy=none"])
     opened = init_distributed(device.type)
+    half = recipe.train.dtype == "bfloat16"
+    bf16 = {"frozen, bfloat16": published(exact, device, repaired=True, autocast=torch.bfloat16)} if half else {}
     loops = {
         "TextCraftor as published": published(exact, device, repaired=False),
         "the same, everything else frozen": published(exact, device, repaired=True),
+        **bf16,
         "fastcraft, policy step": fastcraft(recipe, device),
         "fastcraft, policy none": fastcraft(keep, device),
     }
@@ -147,7 +147,6 @@ def main() -> None:
             "command": f"python -m benchmarks.step --recipe {args.recipe} --rounds {args.rounds}"
             + "".join(f" --set {item}" for item in args.overrides),
             "environment": environment(),
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "threads": torch.get_num_threads(),
             "rows": rows,
         }

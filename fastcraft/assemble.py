@@ -24,7 +24,9 @@ from fastcraft.registry import resolve
 from fastcraft.rewards import build_rewards
 from fastcraft.text.encoder import TextEncoder, split_encoders
 from fastcraft.text.prompt_encoder import PromptEncoder
+from fastcraft.text.tokenize import tokenize
 
+MAX_COUNTED = 100_000
 SHAPES = Path(__file__).parent / "shapes"
 
 
@@ -44,13 +46,12 @@ class Parts:
     make_plan: Callable[[int], CheckpointPlan]
 
 
-def assemble(recipe: Recipe, *, device: torch.device, on_step: Callable[[], None] | None = None) -> Parts:
+def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     """Build every part of a run.
 
     Args:
         recipe: checked on construction.
         device: where the networks go.
-        on_step: called before every denoising step, see `ImageModel`.
 
     Raises:
         UserError: a name, a file or a model that is not there or does not fit.
@@ -61,6 +62,8 @@ def assemble(recipe: Recipe, *, device: torch.device, on_step: Callable[[], None
     policy = POLICIES.get(recipe.memory.policy)()
     sampler_class = SAMPLERS.get(recipe.sampler.name)
     OBJECTIVES.get(recipe.objective.name)
+    if not recipe.prompts.path:
+        raise UserError("prompts.path: a prompt file is required (--prompts FILE), got ''")
     source = load_prompts(
         prompt_file(recipe.prompts.path), column=recipe.prompts.column, max_characters=recipe.prompts.max_characters
     )
@@ -68,6 +71,7 @@ def assemble(recipe: Recipe, *, device: torch.device, on_step: Callable[[], None
     model_path = SHAPES / "weights" / "pipeline" if recipe.model.path == "shapes" else recipe.model.path
     components = load_components(model_path, dtype=dtype, device=device, resolution=recipe.model.resolution)
     use_text_kv(components.unet)
+    num_truncated = _count_truncated(components.tokenizer, source.prompts)
     torch.manual_seed(recipe.train.seed)  # the adapters' initialisation, equal on every rank
     trained, original = split_encoders(
         components.text_encoder,
@@ -94,7 +98,6 @@ def assemble(recipe: Recipe, *, device: torch.device, on_step: Callable[[], None
             guidance_scale=recipe.sampler.guidance_scale,
             latent_shape=components.latent_shape,
             device=device,
-            on_step=on_step,
         ),
         rewards=build_rewards(
             [(reward.name, reward.weight, reward.path, reward.options) for reward in recipe.rewards],
@@ -104,7 +107,7 @@ def assemble(recipe: Recipe, *, device: torch.device, on_step: Callable[[], None
             normalize=recipe.objective.normalize_rewards,
         ),
         prompts=source.prompts,
-        prompts_summary=source.summary(),
+        prompts_summary=source.summary() + num_truncated,
         evaluation_prompts=_evaluation_prompts(recipe, source.prompts),
         exam=exam,
         make_plan=partial(policy.plan, decode_micro_batch=recipe.memory.decode_micro_batch),
@@ -160,6 +163,19 @@ def prompt_file(path: str) -> Path:
         known = ", ".join(f"shapes:{other.stem}" for other in sorted(file.parent.glob("*.txt")))
         raise UserError(f"prompts.path: unknown bundled prompts {path!r}; known: {known}")
     return file
+
+
+def _count_truncated(tokenizer: Any, prompts: Sequence[str]) -> str:
+    """A note on prompts that lose tokens at the encoder's length; of a large file its first prompts are looked at."""
+    looked_at = min(len(prompts), MAX_COUNTED)
+    num_truncated = sum(
+        tokenize(tokenizer, [prompts[i] for i in range(first, min(first + 1000, looked_at))]).num_truncated
+        for first in range(0, looked_at, 1000)
+    )
+    if not num_truncated:
+        return ""
+    among = "" if looked_at == len(prompts) else f" among the first {looked_at}"
+    return f"; {num_truncated} cut at {tokenizer.model_max_length} tokens{among}"
 
 
 def _evaluation_prompts(recipe: Recipe, prompts: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from fastcraft.config import dump_recipe
 from fastcraft.diffusion.unroll import predict_noise
 from fastcraft.memory.cost import count_flops, parameter_counts, step_flops
 from fastcraft.recipe import Recipe
-from fastcraft.records import RECOMPUTE, PromptEmbeds
+from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, PromptEmbeds
 
 
 def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
@@ -21,8 +21,10 @@ def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
     shape = (1, *model.latent_shape)
     samples = train.batch_size * train.gradient_accumulation_steps
     flops = step_flops(
-        count_flops(lambda x: predict_noise(model.unet, x, timestep, text_kv, guidance_scale=1), shape),
-        count_flops(lambda x: model.decode(x, plan), shape),
+        count_flops(
+            lambda x: predict_noise(model.unet, x, timestep, text_kv, guidance_scale=1), shape, device=model.device
+        ),
+        count_flops(lambda x: model.decode(x, CheckpointPlan(steps=(), decode=KEEP)), shape, device=model.device),
         samples=samples,
         num_inference_steps=recipe.sampler.num_inference_steps,
         backprop_steps=recipe.objective.backprop_steps,

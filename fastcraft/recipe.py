@@ -19,8 +19,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptsConfig:
-    path: str = "shapes"
-    """A .txt, .csv, .tsv, .json, .jsonl or .parquet file, or "shapes" for the bundled captions."""
+    path: str = ""
+    """A .txt, .csv, .tsv, .json, .jsonl or .parquet file; "shapes:NAME" is a bundled one (train, held_out_two, ...)."""
     column: str = ""
     """Column or key that holds the prompt; empty = the first of prompt, Prompt, text, caption."""
     max_characters: int = 4000
@@ -64,8 +64,9 @@ class ObjectiveConfig:
     backprop_steps: int = 5
     """K, denoising steps that carry gradient."""
     truncation: Literal["last", "random", "single", "spaced"] = "last"
-    """Which K steps: the last K (TextCraftor, DRaFT-K); a random number of last steps with mean K (AlignProp);
-    one random step among the last K, ending with its x0 estimate (ReFL); K equally spaced ones (DRTune)."""
+    """Which K steps. last: the last K (TextCraftor, DRaFT); random: a random number of last steps for each sample,
+    mean K (AlignProp); single: one of the last K, ending with its x0 estimate (ReFL); spaced: K at equal distances
+    (DRTune)."""
     truncation_std: float = 0.0
     """Standard deviation, in steps, of AlignProp's random truncation point."""
     input_grad: bool = True
@@ -228,16 +229,22 @@ def _check_recipe(recipe: Recipe) -> None:
             "objective.low_variance_draws above 1 needs objective.backprop_steps = 1 and truncation = 'last', got "
             f"backprop_steps = {objective.backprop_steps}, truncation = {objective.truncation!r}"
         )
+    if objective.truncation == "random" and recipe.text.prefix_encoder != "trained":
+        raise UserError(
+            "objective.truncation = 'random' needs text.prefix_encoder = 'trained' (samples start at different steps), "
+            f"got {recipe.text.prefix_encoder!r}"
+        )
+    if recipe.train.seed >= 2**63:
+        raise UserError(f"train.seed must be below 2**63, got {recipe.train.seed}")
     if objective.early_stop_steps and objective.truncation != "spaced":
         raise UserError(
             f"objective.early_stop_steps needs objective.truncation = 'spaced', got {objective.truncation!r}"
         )
-    for name in ("early_stop_steps",):
-        if getattr(objective, name) >= sampler.num_inference_steps:
-            raise UserError(
-                f"objective.{name} must be below sampler.num_inference_steps ({sampler.num_inference_steps}), "
-                f"got {getattr(objective, name)}"
-            )
+    if objective.early_stop_steps >= sampler.num_inference_steps:
+        raise UserError(
+            f"objective.early_stop_steps must be below sampler.num_inference_steps ({sampler.num_inference_steps}), "
+            f"got {objective.early_stop_steps}"
+        )
     if recipe.evaluate.trained_steps > sampler.num_inference_steps:
         raise UserError(
             f"evaluate.trained_steps must be at most sampler.num_inference_steps ({sampler.num_inference_steps}), "

@@ -94,6 +94,9 @@ class Trajectory:
     predict_original: bool = False  # the last executed step gives its x0 estimate instead of the next latents
     input_grad: bool = True  # False: stop-gradient on the latents that enter the UNet
     uncond_grad: bool = True  # False: stop-gradient on the unconditional prediction
+    row_starts: tuple[
+        int, ...
+    ] = ()  # per sample, its first step with gradient; empty = the first of grad_steps for all
 
     def __post_init__(self) -> None:
         if list(self.grad_steps) != sorted(set(self.grad_steps)) or any(

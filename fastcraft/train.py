@@ -20,7 +20,6 @@ from fastcraft.recipe import Recipe
 
 if TYPE_CHECKING:  # torch and what needs it is imported only once the recipe holds
     from fastcraft.assemble import Parts
-    from fastcraft.engine.interrupt import Interrupt
     from fastcraft.trainer import Trainer
 
 
@@ -68,48 +67,32 @@ def train(recipe: Recipe, args: argparse.Namespace) -> int:
 
     from fastcraft.assemble import assemble
     from fastcraft.engine.agreement import close_distributed, rank
-    from fastcraft.engine.interrupt import PREEMPTED_EXIT_CODE, Interrupt, StopRequested
-    from fastcraft.engine.zero2 import fill_ds_config, init_distributed, load_ds_config
-    from fastcraft.memory.cost import parameter_counts
+    from fastcraft.engine.export import ExportError
+    from fastcraft.engine.interrupt import PREEMPTED_EXIT_CODE, StopRequested
+    from fastcraft.engine.zero2 import init_distributed, load_ds_config
     from fastcraft.trainer import TrainingFailed
 
-    interrupt = Interrupt()
     ds_config = load_ds_config(args.ds_config)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    parts = assemble(recipe, device=device, on_step=interrupt.check)
-    trained = [parameter.numel() for parameter in parts.trained.parameters() if parameter.requires_grad]
-    options = recipe.train
-    filled = fill_ds_config(
-        ds_config,
-        batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        dtype=options.dtype,
-        max_grad_norm=options.max_grad_norm,
-        learning_rate=options.learning_rate,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        num_parameters=parameter_counts(parts.trained)[0],
-        largest_parameter=max(trained),
-    )
+    parts = assemble(recipe, device=device)
+    ds_config = _fill(ds_config, recipe, parts)
     if args.dry_run:
-        return _dry_run(recipe, parts)
+        return _dry_run(recipe, args, parts)
     opened = init_distributed(device.type)
+    status, message = 0, ""
     try:
-        return _run(recipe, args, parts, filled, interrupt)
-    except TrainingFailed as error:
-        if rank() == 0:
-            print(f"fastcraft: training failed: {error}", file=sys.stderr, flush=True)
-        return 1
+        _run(recipe, args, parts, ds_config)
+    except (TrainingFailed, ExportError) as error:
+        status, message = 1, f"training failed: {error}"
     except StopRequested as reason:
-        if rank() == 0:
-            print(f"fastcraft: stopped ({reason}); go on with --resume", file=sys.stderr, flush=True)
-        return PREEMPTED_EXIT_CODE
+        status, message = PREEMPTED_EXIT_CODE, f"stopped ({reason}); go on with --resume"
     finally:
-        interrupt.restore()
+        if message and rank() == 0:
+            print(f"fastcraft: {message}", file=sys.stderr, flush=True)
         if opened:
             close_distributed()
+    return status
 
 
 def _quiet_libraries() -> None:
@@ -120,27 +103,47 @@ def _quiet_libraries() -> None:
     disable_progress_bar()
 
 
-def _dry_run(recipe: Recipe, parts: "Parts") -> int:
-    from fastcraft.dry_run import describe
+def _fill(ds_config: dict[str, Any], recipe: Recipe, parts: "Parts") -> dict[str, Any]:
+    """The DeepSpeed config with its "auto" values taken from the recipe and the model."""
+    from fastcraft.engine.zero2 import fill_ds_config
 
+    sizes = [parameter.numel() for parameter in parts.trained.parameters() if parameter.requires_grad]
+    options = recipe.train
+    return fill_ds_config(
+        ds_config,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        dtype=options.dtype,
+        max_grad_norm=options.max_grad_norm,
+        learning_rate=options.learning_rate,
+        betas=options.betas,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        num_parameters=sum(sizes),
+        largest_parameter=max(sizes),
+    )
+
+
+def _dry_run(recipe: Recipe, args: argparse.Namespace, parts: "Parts") -> int:
+    from fastcraft.dry_run import describe
+    from fastcraft.engine.run_directory import check_run_dir, choose_run_dir
+
+    run_dir = choose_run_dir(args.run_dir, recipe_name=args.recipe, resume=args.resume)
+    check_run_dir(run_dir, recipe, resume=args.resume)
     if os.environ.get("RANK", "0") == "0":
         print(describe(recipe, parts, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     return 0
 
 
-def _run(
-    recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: dict[str, Any], interrupt: "Interrupt"
-) -> int:
+def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: dict[str, Any]) -> None:
     """The run itself, on every rank."""
-    from fastcraft.engine.agreement import from_rank_zero, rank, world_size
+    from fastcraft.engine.agreement import agree, from_rank_zero, rank, world_size
     from fastcraft.engine.checkpoint import load_checkpoint
-    from fastcraft.engine.run_directory import locked
+    from fastcraft.engine.interrupt import Interrupt
     from fastcraft.engine.zero2 import Zero2Engine
     from fastcraft.evaluation.record import RunRecord
     from fastcraft.trainer import Trainer
 
-    run_dir, found, notes = from_rank_zero(lambda: _prepare(recipe, args))
-    checkpoint = load_checkpoint(found, rank=rank(), world_size=world_size()) if found else None
     options = recipe.train
     engine = Zero2Engine(
         parts.trained,
@@ -151,9 +154,14 @@ def _run(
         lr_schedule=options.lr_schedule,
     )
     with contextlib.ExitStack() as stack:
+        run_dir, found, notes = from_rank_zero(lambda: _prepare(recipe, args, stack))
+        if any(agree([not (run_dir / "recipe.toml").is_file()])):
+            raise UserError(f"--run-dir: {str(run_dir)!r} must lie on a file system that every node sees")
+        checkpoint = load_checkpoint(found, rank=rank(), world_size=world_size()) if found else None
+        interrupt = Interrupt()
+        stack.callback(interrupt.restore)
         record = None
         if rank() == 0:
-            stack.enter_context(locked(run_dir))
             record = stack.enter_context(
                 RunRecord(
                     run_dir,
@@ -169,19 +177,22 @@ def _run(
             trainer.restore(checkpoint)
         trainer.run()
     if rank() == 0:
-        _finish(recipe, args, parts, run_dir, trainer)
-    return 0
+        _finish(recipe, parts, run_dir, trainer)
 
 
-def _prepare(recipe: Recipe, args: argparse.Namespace) -> tuple[Path, Path | None, list[str]]:
-    """On rank 0: the run directory, the checkpoint to go on from, and what to tell the person."""
+def _prepare(
+    recipe: Recipe, args: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[Path, Path | None, list[str]]:
+    """On rank 0: the run directory, held for this run; the checkpoint to go on from; what to tell the person."""
     from fastcraft.engine.checkpoint import find_checkpoint, sweep_checkpoints
-    from fastcraft.engine.run_directory import check_run_dir, choose_run_dir, write_recipe
+    from fastcraft.engine.run_directory import check_run_dir, choose_run_dir, lock, write_recipe
     from fastcraft.evaluation.atomic import write_json
     from fastcraft.evaluation.environment import environment
 
     run_dir = choose_run_dir(args.run_dir, recipe_name=args.recipe, resume=args.resume)
     check_run_dir(run_dir, recipe, resume=args.resume)
+    stack.enter_context(lock(run_dir))
+    check_run_dir(run_dir, recipe, resume=args.resume)  # another process may have used it in between
     notes, found = [f"results go to {run_dir}"], None
     if args.resume:
         sweep_checkpoints(run_dir / "checkpoints")
@@ -193,7 +204,7 @@ def _prepare(recipe: Recipe, args: argparse.Namespace) -> tuple[Path, Path | Non
     return run_dir, found, notes
 
 
-def _finish(recipe: Recipe, args: argparse.Namespace, parts: "Parts", run_dir: Path, trainer: "Trainer") -> None:
+def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer") -> None:
     """Export, report and the last lines, on rank 0."""
     from fastcraft.engine.export import export_lora, export_text_encoder
     from fastcraft.evaluation.closing import closing_lines
@@ -224,7 +235,7 @@ def _finish(recipe: Recipe, args: argparse.Namespace, parts: "Parts", run_dir: P
         exam_after=evaluations[-1]["evaluation"],
         environment=environment(),
         notes=[*trainer.notes(), *checks],
-        command=shlex.join(["deepspeed", "fastcraft/train.py", *sys.argv[1:]]),
+        command=shlex.join(["deepspeed", "fastcraft/train.py", *(a for a in sys.argv[1:] if "--local_rank" not in a)]),
     )
     base = parts.components.folder if recipe.model.path == "shapes" else recipe.model.path
     for line in checks:

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from fastcraft.assemble import Parts, make_objective
 from fastcraft.data.order import PromptOrder, sample_seed
-from fastcraft.engine.agreement import agree, gather, rank, world_size
+from fastcraft.engine.agreement import agree, from_rank_zero, gather, mean_over_ranks, rank, world_size
 from fastcraft.engine.checkpoint import Checkpoint, CheckpointError, restore_rng, rng_tensors, save_checkpoint
 from fastcraft.engine.interrupt import Interrupt, StopRequested
 from fastcraft.engine.zero2 import StepResult, Zero2Engine
-from fastcraft.evaluation.record import RunRecord
+from fastcraft.evaluation.record import RunRecord, read_evaluations
 from fastcraft.evaluation.scores import evaluate_pictures
 from fastcraft.recipe import Recipe
 from fastcraft.records import LossOutput
 
+_COUNTERS = ("samples_seen", "bad_steps", "skipped_steps", "failed_saves")  # kept in the checkpoint
 _SAMPLE_STREAM = 7  # noise stream of the sampled pictures: the same at every evaluation
 
 
@@ -50,18 +52,19 @@ class Trainer:
         record: RunRecord | None = None,
     ) -> None:
         self.recipe = recipe
-        self.parts = parts
+        self.parts = replace(parts, image_model=replace(parts.image_model, on_step=interrupt.check))
         self.engine = engine
         self.run_dir = run_dir
         self.interrupt = interrupt
         self.done = 0
         self.record = record
-        self.objective, self.text = make_objective(recipe, parts, engine)
+        self.objective, self.text = make_objective(recipe, self.parts, engine)
         self.order = PromptOrder(parts.prompts, seed=recipe.train.seed)
-        self.bad_steps = self.skipped_steps = 0
+        self.samples_seen = self.bad_steps = self.skipped_steps = 0
         self.saved = -1
         self.failed_saves = 0
         self.checked = False
+        self.exam_size = max(recipe.evaluate.exam_num_samples, recipe.evaluate.num_samples)
 
     def run(self) -> None:
         """Train to the last step.
@@ -73,7 +76,9 @@ class Trainer:
         recipe = self.recipe
         try:
             if self.done == 0:
-                self.evaluate(recipe.evaluate.exam_num_samples)
+                self.evaluate(self.exam_size)
+            elif self._evaluation_due() and not self._was_evaluated():
+                self.evaluate()
             while self.done < recipe.train.num_steps:
                 self.step()
                 if recipe.train.checkpoint_every and self.done % recipe.train.checkpoint_every == 0:
@@ -81,7 +86,7 @@ class Trainer:
                 if self._evaluation_due():
                     self.evaluate()
             self.save(last=True)
-            self.evaluate(recipe.evaluate.exam_num_samples)
+            self.evaluate(self.exam_size)
         except StopRequested:
             self.save(last=True)
             raise
@@ -90,18 +95,14 @@ class Trainer:
         """One optimiser step: accumulate micro-steps, then update, count and log."""
         train = self.recipe.train
         began = time.perf_counter()
+        if self.parts.image_model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.parts.image_model.device)
         outputs: list[LossOutput] = []
         before, norms = (None if self.checked else self._clones()), {}
         for micro in range(train.gradient_accumulation_steps):
-            batch = self.order.batch(
-                self.done,
-                micro,
-                rank(),
-                world_size=world_size(),
-                batch_size=train.batch_size,
-                accumulation=train.gradient_accumulation_steps,
-            )
-            losses = self.objective.losses(batch, draw=self.done * train.gradient_accumulation_steps + micro)
+            first = self.samples_seen + micro * world_size() * train.batch_size
+            batch = self.order.batch(first, rank(), batch_size=train.batch_size)
+            losses = self.objective.losses(batch, draw=first)
             while (output := self._next(losses)) is not None:
                 self.engine.backward(output.loss)
                 if before is not None and micro == train.gradient_accumulation_steps - 1:
@@ -110,10 +111,11 @@ class Trainer:
                 result = self.engine.step()
                 outputs.append(LossOutput(loss=output.loss.detach(), metrics=output.metrics))
         self.done += 1
+        self.samples_seen += train.gradient_accumulation_steps * world_size() * train.batch_size
         if before is not None and not result.skipped:
             self._check_training(before, norms)
+        self._log(outputs, result, began)
         self._count_bad(result.skipped)
-        self._log(outputs, result, time.perf_counter() - began)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -128,7 +130,8 @@ class Trainer:
         if checkpoint.rank_tensors is not None:
             restore_rng(checkpoint.rank_tensors)
         self.done = self.saved = checkpoint.step
-        self.bad_steps = checkpoint.state["bad_steps"]
+        for name in _COUNTERS:
+            setattr(self, name, checkpoint.state[name])
 
     def save(self, *, last: bool = False) -> None:
         """Checkpoint of the completed steps, by all ranks together; a failed periodic save is counted, not fatal."""
@@ -141,7 +144,7 @@ class Trainer:
                 self.done,
                 tensors=self.engine.state() | statistics,
                 rank_tensors=rng_tensors(),
-                state={"bad_steps": self.bad_steps},
+                state={name: getattr(self, name) for name in _COUNTERS},
                 keep=self.recipe.train.keep_checkpoints,
             )
             self.saved = self.done
@@ -153,9 +156,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, num_samples: int = 0) -> None:
-        """Sample the fixed prompts, all ranks together; rank 0 scores the pictures and keeps the grid."""
+        """Sample the fixed prompts, all ranks together; rank 0 scores the pictures and keeps the grid.
+
+        Args:
+            num_samples: pictures of the exam before and after the run; 0 = those of the grid, in between.
+        """
         evaluate = self.recipe.evaluate
-        prompts = self.parts.evaluation_prompts[: max(num_samples, evaluate.num_samples)]
+        prompts = self.parts.evaluation_prompts[: num_samples or evaluate.num_samples]
         pictures = self.sample(prompts)
         if self.record is None or pictures is None:
             return
@@ -166,6 +173,8 @@ class Trainer:
             exam=self.parts.exam,
             micro_batch=evaluate.batch_size,
         )
+        if not num_samples:  # other pictures than those before and after the run: another series
+            scores = {f"grid/{name}": value for name, value in scores.items()}
         self.record.log_evaluation(self.done, scores)
         shown = evaluate.num_samples
         self.record.log_samples(self.done, pictures[:shown], prompts[:shown])
@@ -173,24 +182,30 @@ class Trainer:
     def sample(self, prompts: Sequence[str]) -> Tensor | None:
         """Pictures ``(N, 3, H, W)`` on the CPU, shared out over the ranks; None except on rank 0."""
         mine = list(range(rank(), len(prompts), world_size()))
-        size, chunks = self.recipe.evaluate.batch_size, []
-        for first in range(0, len(mine), size):
-            indices = mine[first : first + size]
-            chunk = [prompts[index] for index in indices]
-            trained_steps = self.recipe.evaluate.trained_steps
-            chunks.append(
-                self.parts.image_model.sample(
-                    self.text.trained(chunk),
-                    seeds=[sample_seed(self.recipe.train.seed, index, _SAMPLE_STREAM) for index in indices],
-                    prefix=self.text.original(chunk) if trained_steps else None,
-                    trained_steps=trained_steps,
-                ).cpu()
-            )
+        size, chunks, stop = self.recipe.evaluate.batch_size, [], False
+        try:
+            for first in range(0, len(mine), size):
+                indices = mine[first : first + size]
+                chunks.append(self._sample_chunk(indices, [prompts[index] for index in indices]))
+        except StopRequested:
+            stop = True
+        self._stop_together(stop)
         gathered = gather((mine, torch.cat(chunks) if chunks else []))
         if gathered is None:
             return None
         pictures = {index: row for indices, rows in gathered for index, row in zip(indices, rows, strict=True)}
         return torch.stack([pictures[index] for index in range(len(prompts))])
+
+    def _sample_chunk(self, indices: Sequence[int], prompts: Sequence[str]) -> Tensor:
+        trained_steps = self.recipe.evaluate.trained_steps
+        pictures = self.parts.image_model.sample(
+            self.text.trained(prompts),
+            seeds=[sample_seed(self.recipe.train.seed, index, _SAMPLE_STREAM) for index in indices],
+            prefix=self.text.original(prompts) if trained_steps else None,
+            trained_steps=trained_steps,
+            decode_micro_batch=self.recipe.memory.decode_micro_batch,
+        )
+        return pictures.cpu()
 
     def notes(self) -> list[str]:
         """What a reader of the report should know about the run."""
@@ -206,6 +221,10 @@ class Trainer:
         every = self.recipe.evaluate.every
         return bool(every) and self.done % every == 0 and self.done < self.recipe.train.num_steps
 
+    def _was_evaluated(self) -> bool:
+        """Whether this step's evaluation is on file; a stop may have come between checkpoint and evaluation."""
+        return from_rank_zero(lambda: any(row["step"] == self.done for row in read_evaluations(self.run_dir)))
+
     def _next(self, losses: Iterator[LossOutput]) -> LossOutput | None:
         """The next loss, once all ranks agree that none was asked to stop: backward is collective."""
         output, stop = None, False
@@ -213,9 +232,15 @@ class Trainer:
             output = next(losses, None)
         except StopRequested:
             stop = True
-        if any(agree([stop or self.interrupt.requested])):
-            raise StopRequested
+        if output is None and not stop:
+            return None  # no more losses; after an update it is too late to leave the step
+        self._stop_together(stop)
         return output
+
+    def _stop_together(self, stop: bool) -> None:
+        """Raise `StopRequested` on all ranks if one of them was asked to stop; collective."""
+        if any(agree([stop or self.interrupt.requested])):
+            raise StopRequested(self.interrupt.reason or "another rank was asked to stop")
 
     def _clones(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.engine.trainable_parameters().items()}
@@ -242,19 +267,18 @@ class Trainer:
             self.save(last=True)
             raise TrainingFailed(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
 
-    def _log(self, outputs: list[LossOutput], result: StepResult, seconds: float) -> None:
-        """One line of metrics.jsonl; the only place where numbers leave the device."""
+    def _log(self, outputs: list[LossOutput], result: StepResult, began: float) -> None:
+        """One line of metrics.jsonl: means over micro-steps and ranks; only here do numbers leave the device."""
+        rows = [torch.stack([output.loss, *output.metrics.values()]).float() for output in outputs]
+        values = mean_over_ranks(torch.stack(rows).mean(dim=0)).tolist()
+        means = dict(zip(["loss", *outputs[0].metrics], values, strict=True))
+        seconds = time.perf_counter() - began
         if self.record is None:
             return
-        means = {
-            name: torch.stack([output.metrics[name].float() for output in outputs]).mean().item()
-            for name in outputs[0].metrics
-        }
         samples = self.recipe.train.batch_size * self.recipe.train.gradient_accumulation_steps
         self.record.log_step(
             {
                 "step": self.done,
-                "loss": torch.stack([output.loss.float() for output in outputs]).mean().item(),
                 "rewards": {name.removeprefix("reward/"): value for name, value in means.items() if "/" in name},
                 **{name: value for name, value in means.items() if "/" not in name},
                 "grad_norm": result.grad_norm,
@@ -268,7 +292,7 @@ class Trainer:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Largest allocation so far: of the CUDA allocator, or the process's resident set on a CPU."""
+    """Largest allocation since the last reset by the CUDA allocator, or the process's largest resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     scale = 2**20 if sys.platform == "darwin" else 2**10

@@ -63,8 +63,8 @@ def sample_seed(run_seed: int, index: int, stream: int = 0) -> int:
 class PromptOrder:
     """Batches of prompts in the order of `prompt_at`.
 
-    Sample numbers count over micro-steps and ranks, so runs with the same global batch ``world_size * batch_size *
-    accumulation`` see the same prompts, with the same sample numbers, in the same optimiser steps.
+    Sample numbers count over micro-steps and ranks, so the order is the same at any world size and batch size, and a run
+    goes on exactly where it stopped when it keeps count of the samples it has seen.
 
     Args:
         prompts: at least one.
@@ -80,20 +80,15 @@ class PromptOrder:
         self.prompts = prompts
         self.seed = seed
 
-    def batch(
-        self, step: int, micro_step: int, rank: int, *, world_size: int, batch_size: int, accumulation: int
-    ) -> PromptBatch:
-        """What ``rank`` works on in micro-step ``micro_step`` (of ``accumulation``) of optimiser step ``step``.
+    def batch(self, first: int, rank: int, *, batch_size: int) -> PromptBatch:
+        """What ``rank`` works on in the micro-step whose first sample, over all ranks, has the number ``first``.
 
         Raises:
             ValueError: an argument out of range.
         """
-        if not (0 <= rank < world_size and 0 <= micro_step < accumulation and step >= 0 and batch_size >= 1):
-            raise ValueError(
-                f"PromptOrder.batch: step {step}, micro_step {micro_step} of {accumulation}, "
-                f"rank {rank} of {world_size}, batch_size {batch_size}"
-            )
-        first = ((step * accumulation + micro_step) * world_size + rank) * batch_size
+        if not (first >= 0 and rank >= 0 and batch_size >= 1):
+            raise ValueError(f"PromptOrder.batch: first {first}, rank {rank}, batch_size {batch_size}")
+        first += rank * batch_size
         indices = list(range(first, first + batch_size))
         prompts = [self.prompts[prompt_at(len(self.prompts), index, self.seed)] for index in indices]
         return PromptBatch(prompts=prompts, indices=indices)

@@ -58,9 +58,13 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
     text_encoder = _load(CLIPTextModel, folder / "text_encoder", dtype=torch.float32)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
+        config = DDIMScheduler.load_config(folder / "scheduler")
+        scheduler = DDIMScheduler.from_config(config, clip_sample=False)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"model.path: cannot load tokenizer or scheduler of {folder}: {_first_line(error)}") from error
+    for key in ("clip_sample", "thresholding"):
+        if config.get(key):
+            raise UserError(f"model.path: a scheduler with {key} = true is not supported")
     for module in (unet, vae):
         freeze(module).to(device)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)

@@ -78,7 +78,13 @@ class ImageModel:
 
     @torch.no_grad()
     def sample(
-        self, embeds: PromptEmbeds, *, seeds: Sequence[int], prefix: PromptEmbeds | None = None, trained_steps: int = 0
+        self,
+        embeds: PromptEmbeds,
+        *,
+        seeds: Sequence[int],
+        prefix: PromptEmbeds | None = None,
+        trained_steps: int = 0,
+        decode_micro_batch: int = 0,
     ) -> Tensor:
         """Pictures, without gradient.
 
@@ -87,6 +93,7 @@ class ImageModel:
             seeds: B noise seeds.
             prefix: what conditions all but the last ``trained_steps`` steps.
             trained_steps: 0 = ``embeds`` conditions every step. TextCraftor samples with 15 of 25.
+            decode_micro_batch: pictures decoded at once; 0 = all.
 
         Returns:
             ``(B, 3, H, W)`` float32 in [0, 1].
@@ -103,4 +110,4 @@ class ImageModel:
             plan=CheckpointPlan(steps=(KEEP,) * len(steps), decode=KEEP),
             noises=noises,
         )
-        return self.decode(latents, CheckpointPlan(steps=(), decode=KEEP))
+        return self.decode(latents, CheckpointPlan(steps=(), decode=KEEP, decode_micro_batch=decode_micro_batch))

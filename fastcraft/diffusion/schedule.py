@@ -24,7 +24,7 @@ class NoiseSchedule:
         """The schedule of a diffusers ``DDIMScheduler``.
 
         Raises:
-            UserError: its prediction type is neither epsilon nor v_prediction, or it clips or thresholds the sample.
+            UserError: its prediction type is neither epsilon nor v_prediction.
         """
         config = scheduler.config
         if config.prediction_type not in ("epsilon", "v_prediction"):
@@ -65,5 +65,11 @@ def timestep_grid(schedule: NoiseSchedule, num_inference_steps: int, spacing: st
         return tuple(round(total - i * ratio) - 1 for i in range(num_inference_steps))
     if spacing == "leading":
         stride = total // num_inference_steps
-        return tuple(i * stride + schedule.steps_offset for i in reversed(range(num_inference_steps)))
+        first = (num_inference_steps - 1) * stride + schedule.steps_offset
+        if first >= total:
+            raise UserError(
+                f"sampler.num_inference_steps: {num_inference_steps} 'leading' steps begin at timestep {first}, "
+                f"above the model's {total - 1}"
+            )
+        return tuple(first - i * stride for i in range(num_inference_steps))
     raise UserError(f"sampler.timestep_spacing must be 'trailing' or 'leading', got {spacing!r}")

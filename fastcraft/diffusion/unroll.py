@@ -110,6 +110,9 @@ def denoise(
             output = checkpoint(predict, index, inputs, *flat, use_reentrant=False, preserve_rng_state=False)
         else:
             output = predict(index, inputs, *flat)
+        if trajectory.row_starts and index in treatments and index < max(trajectory.row_starts):
+            started = torch.tensor([index >= row for row in trajectory.row_starts], device=output.device)
+            output = torch.where(started[:, None, None, None], output, output.detach())
         if trajectory.predict_original and index == trajectory.num_steps - 1:
             return sampler.predict_original(index, latents, output)
         latents = sampler.step(index, latents, output, None if noises is None else noises[index])

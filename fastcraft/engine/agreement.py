@@ -51,6 +51,13 @@ def barrier() -> None:
     agree([False])
 
 
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean of ``values`` over all ranks, the same shape, dtype and device. Collective."""
+    if world_size() > 1:
+        distributed.all_reduce(values)
+    return values / world_size()
+
+
 def gather(value: Any) -> list[Any] | None:
     """Every rank's ``value``, in rank order, on rank 0; None elsewhere. Collective."""
     if world_size() == 1:
@@ -62,15 +69,14 @@ def gather(value: Any) -> list[Any] | None:
 
 def from_rank_zero(work: Callable[[], T]) -> T:
     """What ``work`` returns on rank 0, on every rank; a `UserError` there is raised everywhere. Collective."""
-    if world_size() == 1:
-        return work()
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             box[0] = work()
-        except UserError as error:
+        except (UserError, OSError) as error:
             box[1] = str(error)
-    distributed.broadcast_object_list(box)
+    if world_size() > 1:
+        distributed.broadcast_object_list(box)
     if box[1] is not None:
-        raise UserError(box[1])
+        raise UserError(box[1])  # on every rank
     return box[0]

@@ -163,7 +163,7 @@ def rng_tensors() -> dict[str, Tensor]:
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {f"rng.{name}": state for name, state in states.items()}
 
@@ -176,7 +176,7 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     gauss_next = tensors["rng.python_gauss"].tolist()
     random.setstate((3, tuple(tensors["rng.python"].tolist()), gauss_next[0] if gauss_next else None))
-    if "rng.cuda" in tensors and torch.cuda.is_available():
+    if "rng.cuda" in tensors and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
@@ -207,11 +207,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _write_manifest(folder: Path, step: int, world_size: int) -> None:
     """Last of all: a folder without it is no checkpoint."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    paths = [folder / name for name in sorted(_expected_files(world_size))]
+    for path in paths:
+        if not path.is_file():
+            raise OSError(f"{path.name} is not there: the run directory must be on storage that all ranks share")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files}
-    missing = _expected_files(world_size) - files.keys()
-    if missing:
-        raise OSError(f"{sorted(missing)[0]} is not there: the run directory must be on storage that all ranks share")
     write_durably(folder / "manifest.json", json.dumps(manifest, indent=1))
     flush(folder)
 

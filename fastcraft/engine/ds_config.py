@@ -139,6 +139,10 @@ def _check_zero(zero: dict[str, Any]) -> None:
     device = _section(zero, "offload_optimizer").get("device", "none")
     if device not in ("none", "cpu"):
         raise UserError(f"--ds_config: zero_optimization.offload_optimizer.device must be none or cpu, got {device!r}")
+    if zero.get("compute_grad_norm", True) is not True:
+        raise UserError(
+            "--ds_config: zero_optimization.compute_grad_norm must be true: bad steps are found by the norm"
+        )
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         size = zero.get(key, "auto")
         number = isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size)

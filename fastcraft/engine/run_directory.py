@@ -1,24 +1,23 @@
 """The run directory: which one, whose it is, and who may write to it."""
 
-import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastcraft.config import dump_recipe, load_recipe, recipe_to_tree
 from fastcraft.errors import UserError
 from fastcraft.recipe import Recipe
 
+LOCK = ".lock"
 MAY_CHANGE = {
     "train": {"num_steps", "checkpoint_every", "keep_checkpoints", "batch_size", "gradient_accumulation_steps"},
     "memory": None,
     "evaluate": None,
     "kernels": None,
 }
-"""What a resumed run may set differently: sections (None) or keys that leave prompts, noise and method alone."""
+"""What a resumed run may set differently: sections (None) or keys that leave method, prompt order and noise alone."""
 
 
 def choose_run_dir(given: str | None, *, recipe_name: str, resume: bool, root: Path = Path("runs")) -> Path:
@@ -49,7 +48,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
         raise UserError(f"--run-dir: expected a directory, got the file {str(run_dir)!r}")
     stored = run_dir / "recipe.toml"
     if not resume:
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+        if run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir()):
             raise UserError(f"--run-dir: {str(run_dir)!r} is not empty; go on with --resume or name another directory")
         return
     if not stored.is_file():
@@ -75,20 +74,20 @@ def write_recipe(run_dir: Path, recipe: Recipe) -> None:
         raise UserError(f"--run-dir: cannot write {str(run_dir)!r}: {error.strerror}") from error
 
 
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the directory for this process.
+def lock(run_dir: Path) -> IO[str]:
+    """Make the directory if need be and hold it for this process, until the handle is closed.
 
     Raises:
         UserError: another process is training in it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--run-dir: another process is training in {str(run_dir)!r}") from error
-        yield
+    handle = open(run_dir / LOCK, "w")  # noqa: SIM115  it is held as long as the run lasts
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise UserError(f"--run-dir: another process is training in {str(run_dir)!r}") from error
+    return handle
 
 
 def _differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
@@ -97,6 +96,8 @@ def _differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     old_tree, new_tree = recipe_to_tree(old), recipe_to_tree(new)
     for section, content in new_tree.items():
         free = MAY_CHANGE.get(section, set())
+        if section == "train" and new.train.lr_schedule == "cosine":
+            free = set(free or ()) - {"num_steps"}  # the cosine's length is part of the method
         if free is None or content == old_tree[section]:
             continue
         if not isinstance(content, dict):

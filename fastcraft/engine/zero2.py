@@ -132,6 +132,8 @@ class Zero2Engine:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
             raise UserError(f"--ds_config: {where}: {problem['msg']}, got {problem['input']!r}") from error
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"--ds_config: DeepSpeed refuses it: {str(error).splitlines()[0]}") from error
         self.module = module
         self._updates = 0
         self._micro_steps = 0  # since the last update

@@ -3,10 +3,10 @@
 TextCraftor (Li et al. 2024, arXiv:2403.18978, Alg. 1 and Eq. 6-7) and, as settings of the same loop, AlignProp
 (arXiv:2310.03739), DRaFT-K and DRaFT-LV (arXiv:2309.17400), ReFL (arXiv:2304.05977) and DRTune (arXiv:2405.00760).
 
-Deviations from the papers: all of them train the text encoder here, where all but TextCraftor train the UNet;
-AlignProp's truncation point is drawn once per micro-batch, so the trajectories of a micro-batch share it; ReFL's
-pre-training loss is left out. PickScore-like rewards are taken on matched pairs only (the released TextCraftor averages
-the whole matrix).
+Deviations from the papers: all of them train the text encoder here, where all but TextCraftor train the UNet; ReFL's
+pre-training loss is left out; AlignProp's reward loss is the negative reward, not a distance to a target; of
+DRaFT-LV's n draws the first is the trajectory's own last step. PickScore-like rewards are taken on matched pairs only
+(the released TextCraftor averages the whole matrix).
 """
 
 import random
@@ -23,6 +23,7 @@ from fastcraft.objectives.truncation import choose_trajectory
 from fastcraft.records import CheckpointPlan, LossOutput, PromptBatch, RewardOutput, Trajectory
 from fastcraft.text.prompt_encoder import PromptEncoder
 
+_TRUNCATION_STREAM = 1
 _LOW_VARIANCE_STREAM = 1000  # noise streams of DRaFT-LV's extra draws; stream 0 is the trajectory's own
 
 
@@ -78,9 +79,10 @@ class RewardBackprop:
 
         Args:
             batch: B prompts with their sample numbers.
-            draw: number of the micro-step in the run, the same on every rank: seeds the truncation.
+            draw: number of the micro-step's first sample, the same on every rank: seeds a truncation that the
+                micro-batch shares.
         """
-        trajectory = self._trajectory(draw)
+        trajectory = self._trajectory(draw, batch.indices)
         plan = self.make_plan(len(trajectory.grad_steps))
         trained = self.text.trained(batch.prompts)
         original = self.text.original(batch.prompts) if self._needs_original else None
@@ -126,13 +128,14 @@ class RewardBackprop:
     def _needs_original(self) -> bool:
         return self.settings.prefix_encoder == "original" or self.settings.anchor_weight > 0
 
-    def _trajectory(self, draw: int) -> Trajectory:
+    def _trajectory(self, draw: int, indices: list[int]) -> Trajectory:
         settings = self.settings
         return choose_trajectory(
             settings.truncation,
             num_inference_steps=len(self.model.sampler.timesteps),
             backprop_steps=settings.backprop_steps,
-            rng=random.Random(sample_seed(self.seed, draw, 1)),
+            rng=random.Random(sample_seed(self.seed, draw, _TRUNCATION_STREAM)),
+            row_rngs=[random.Random(sample_seed(self.seed, index, _TRUNCATION_STREAM)) for index in indices],
             truncation_std=settings.truncation_std,
             early_stop_steps=settings.early_stop_steps,
             input_grad=settings.input_grad,

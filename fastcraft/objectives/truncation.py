@@ -9,6 +9,7 @@
 """
 
 import random
+from collections.abc import Sequence
 
 from fastcraft.records import Trajectory
 
@@ -19,6 +20,7 @@ def choose_trajectory(
     num_inference_steps: int,
     backprop_steps: int,
     rng: random.Random,
+    row_rngs: Sequence[random.Random] = (),
     truncation_std: float = 0.0,
     early_stop_steps: int = 0,
     input_grad: bool = True,
@@ -27,23 +29,26 @@ def choose_trajectory(
     """Draw the trajectory of one micro-batch.
 
     Args:
-        truncation: ``last``: the last K steps; ``random``: from a step drawn from N(T - K, std) to the end; ``single``:
-            one step drawn from the last K, where the run ends with its x0 estimate; ``spaced``: K equally spaced steps
-            from a random offset, the run ending with the x0 estimate of its last step.
+        truncation: ``last``: the last K steps; ``random``: for each sample from a step drawn from N(T - K, std) to the
+            end; ``single``: one step drawn from the last K, where the run ends with its x0 estimate; ``spaced``: K
+            equally spaced steps from a random offset, the run ending with the x0 estimate of its last step.
         num_inference_steps: T.
         backprop_steps: K, in 1..T.
         rng: the random numbers of this micro-batch.
+        row_rngs: those of each sample, for ``random``.
         truncation_std: standard deviation of the ``random`` start, in steps.
         early_stop_steps: ``spaced``: up to this many last steps are left out, at random.
         input_grad: see `Trajectory`.
         uncond_grad: see `Trajectory`.
     """
     total, depth, num_steps, predict_original = num_inference_steps, backprop_steps, num_inference_steps, False
+    row_starts: tuple[int, ...] = ()
     if truncation == "last":
         grad_steps = range(total - depth, total)
     elif truncation == "random":
-        start = round(rng.gauss(total - depth, truncation_std))
-        grad_steps = range(min(max(start, 0), total - 1), total)
+        starts = (round(row.gauss(total - depth, truncation_std)) for row in row_rngs)
+        row_starts = tuple(min(max(start, 0), total - 1) for start in starts)
+        grad_steps = range(min(row_starts), total)
     elif truncation == "single":
         last = rng.randrange(total - depth, total)
         grad_steps, num_steps, predict_original = range(last, last + 1), last + 1, True
@@ -60,4 +65,5 @@ def choose_trajectory(
         predict_original=predict_original,
         input_grad=input_grad,
         uncond_grad=uncond_grad,
+        row_starts=row_starts,
     )

@@ -1,5 +1,6 @@
 """LAION's aesthetic predictor: an affine score of a CLIP image embedding."""
 
+import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,13 @@ LAYERS = (0, 2, 4, 6, 7)
 """Positions of the linear layers in the released head; dropout sits between them, and no non-linearity."""
 HEAD_FILE = "aesthetic.safetensors"
 """What a folder given as path holds."""
+
+
+RELEASED_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+RELEASED_URL = (
+    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+)
+RELEASED_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +77,11 @@ class AestheticReward(Reward):
     def build(cls, path: str, *, towers: Towers, clip_path: str = "", **options: Any) -> Self:
         """``path`` is the head: a .pth, .pt or .safetensors file, or a folder with ``aesthetic.safetensors``.
 
+        Empty = the released one, downloaded once and checked against its SHA-256.
+
         ``clip_path`` is the CLIP model; empty = openai/clip-vit-large-patch14, or the bundled one for ``"shapes"``.
         """
-        if not path:
-            raise UserError("rewards: 'aesthetic' needs path = its head (sac+logos+ava1-l14-linearMSE.pth), got ''")
-        head = load_head(towers.resolve(path))
+        head = load_head(towers.resolve(path) if path else released_head())
         default = "shapes" if path == "shapes" else OPENAI_CLIP_L
         return cls(towers.clip(clip_path or default), head, **options)
 
@@ -86,6 +94,27 @@ class AestheticReward(Reward):
         """``(B, 3, H, W)`` in ``[0, 1]`` to ``(B,)`` float32; ``prompts`` are ignored."""
         features = self.tower.image_features(images, resize=self.resize)  # (B, D)
         return (features * self.vector.float()).sum(dim=-1) + self.bias.float()
+
+
+def released_head() -> str:
+    """The path of LAION's released head in torch's hub cache, downloaded if it is not there.
+
+    Raises:
+        UserError: it cannot be had, or is not the released file.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / RELEASED_HEAD
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(RELEASED_URL, str(file), hash_prefix=RELEASED_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"rewards: 'aesthetic' has no path, and its released head could not be had from {RELEASED_URL} "
+                f"({error}); give path = {RELEASED_HEAD}"
+            ) from error
+    if hashlib.sha256(file.read_bytes()).hexdigest() != RELEASED_SHA256:
+        raise UserError(f"rewards: {str(file)!r} is not the released aesthetic head (wrong SHA-256); delete it")
+    return str(file)
 
 
 def load_head(path: str) -> AestheticHead:

@@ -39,10 +39,6 @@ class PromptEncoder:
         self.guided = guided
         self.uncond_encoder = uncond_encoder
 
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many prompts lose tokens at the encoder's length."""
-        return tokenize(self.tokenizer, prompts).num_truncated
-
     def trained(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings by the trained encoder, with gradient where enabled; one forward for prompts and empty prompt."""
         if self.guided and self.uncond_encoder == "original":

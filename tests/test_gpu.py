@@ -1,0 +1,57 @@
+"""The main job on a CUDA device: run with ``pytest -m gpu`` on a machine that has one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def train(tmp_path, *settings, name="run"):
+    """Two steps of the bundled model in a process of its own; returns its metrics and output."""
+    out = tmp_path / name
+    command = [sys.executable, "fastcraft/train.py", "--ds_config", "ds_configs/zero2.json", "--run-dir", str(out)]
+    sizes = ["train.num_steps=2", "train.batch_size=2", "evaluate.num_samples=2", "evaluate.exam_num_samples=2"]
+    for setting in [*sizes, *settings]:
+        command += [setting] if setting.startswith("--") else ["--set", setting]
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    return [json.loads(line) for line in lines], result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("text", ["full", "lora"])
+def test_a_run_on_the_gpu(tmp_path, dtype, text):
+    rows, output = train(tmp_path, f"train.dtype={dtype}", f"text.train={text}")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["loss"] is not None and row["peak_memory_mib"] > 0 and not row["skipped"] for row in rows)
+    assert "reloaded, largest embedding difference" in output
+
+
+def test_dry_run_counts_on_the_gpu(tmp_path):
+    _, output = train(tmp_path, "--dry-run")
+    assert "GFLOP" in output
+
+
+def test_the_gpu_gives_the_gradient_of_the_cpu(tmp_path):
+    """The first step's loss and gradient norm in float32, on both devices."""
+    on_gpu, _ = train(tmp_path, "train.dtype=float32")
+    os.environ["CUDA_VISIBLE_DEVICES"], before = "", os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        on_cpu, _ = train(tmp_path, "train.dtype=float32", name="cpu")
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+    assert on_gpu[0]["loss"] == pytest.approx(on_cpu[0]["loss"], rel=1e-3)
+    assert on_gpu[0]["grad_norm"] == pytest.approx(on_cpu[0]["grad_norm"], rel=2e-2)
