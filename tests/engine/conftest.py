@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ RECIPE = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe():
     """What the recipe says about the optimiser, and the trained part's size."""
-    return RECIPE | {"num_parameters": 1000, "largest_parameter": 500}
+    return MappingProxyType(RECIPE | {"num_parameters": 1000, "largest_parameter": 500})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_text_model(tokenizer_folder):
     """A CLIP text model of 516 tokens and two layers, the same weights for the same seed."""
     vocab = json.loads((tokenizer_folder / "vocab.json").read_text(encoding="utf-8"))
@@ -71,7 +72,7 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def input_ids():
     """(8, 77) token ids, the first of the batch being whole sentences."""
     ids = torch.randint(0, 514, (8, 77), generator=torch.Generator().manual_seed(1))

@@ -77,7 +77,7 @@ def test_auto_and_absent_values_come_from_the_recipe(write, recipe):
     [(1001, 500, 1002), (123_000_000, 37_900_000, 50_000_000), (90_000_000, 60_000_001, 60_000_002)],
 )
 def test_buckets_are_sized_to_the_encoder(recipe, num_parameters, largest, bucket):
-    recipe |= {"num_parameters": num_parameters, "largest_parameter": largest}
+    recipe = recipe | {"num_parameters": num_parameters, "largest_parameter": largest}
     zero = fill_ds_config(load_ds_config(DS_CONFIGS / "zero2.json"), **recipe)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
 

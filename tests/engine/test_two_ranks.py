@@ -1,5 +1,6 @@
 """Two CPU ranks against one: gradients, checkpoints, agreement."""
 
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,8 @@ from fastcraft.engine.checkpoint import find_checkpoint, load_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def run_two_ranks(script: Path, *arguments: str) -> None:
+def run_two_ranks(folder: Path) -> None:
+    """Run two_rank_job.py; a rank that fails or hangs shows its output."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -25,44 +27,49 @@ def run_two_ranks(script: Path, *arguments: str) -> None:
         "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
     }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    job = [sys.executable, str(Path(__file__).with_name("two_rank_job.py")), str(folder), str(ROOT / "ds_configs")]
+    logs = [folder / f"log-{rank}.txt" for rank in range(2)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            ranks.append(
+                subprocess.Popen(
+                    job,
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
     try:
-        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for rank in ranks:
+                rank.wait(timeout=600)
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """Folder with the results of two_rank_job.py."""
-    return tmp_path_factory.mktemp("two_ranks")
+def job(tmp_path_factory, make_text_model, input_ids, recipe):
+    """Folder with the results of two_rank_job.py, which runs once."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    model = make_text_model()
+    sizes = [param.numel() for param in model.parameters()]
+    save_file({"input_ids": input_ids}, folder / "batch.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "weights.safetensors"
+    )
+    model.config.to_json_file(folder / "config.json")
+    recipe = recipe | {"num_parameters": sum(sizes), "largest_parameter": max(sizes)}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    run_two_ranks(folder)
+    return folder
 
 
-@pytest.fixture
-def results(job, make_text_model, input_ids, recipe):
-    if not (job / "checks-0.json").exists():
-        model = make_text_model()
-        sizes = [param.numel() for param in model.parameters()]
-        save_file({"input_ids": input_ids}, job / "batch.safetensors")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, job / "weights.safetensors"
-        )
-        model.config.to_json_file(job / "config.json")
-        recipe |= {"num_parameters": sum(sizes), "largest_parameter": max(sizes)}
-        (job / "recipe.json").write_text(json.dumps(recipe))
-        run_two_ranks(Path(__file__).with_name("two_rank_job.py"), str(job), str(ROOT / "ds_configs"))
+@pytest.fixture(scope="module")
+def results(job):
     return [json.loads((job / f"checks-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -70,7 +77,7 @@ def results(job, make_text_model, input_ids, recipe):
     ("run", "tolerance"),
     [("zero2", 1e-6), ("zero2_accumulated", 1e-6), ("zero1_accumulated", 1e-6), ("zero2_bf16", 5e-2)],
 )
-def test_two_ranks_have_the_gradient_of_the_joined_batch(run, tolerance, job, results, make_text_model, input_ids):
+def test_two_ranks_have_the_gradient_of_the_joined_batch(run, tolerance, job, make_text_model, input_ids):
     model = make_text_model()
     model(input_ids).last_hidden_state[..., :8].pow(2).mean().backward()
     expected = {name: param.grad for name, param in model.named_parameters()}
@@ -88,7 +95,7 @@ def test_losses_continue_to_the_last_bit_at_the_same_world_size(results):
         assert checks["same_state"]
 
 
-def test_two_ranks_go_on_as_one(job, results, make_engine, micro_step, input_ids):
+def test_two_ranks_go_on_as_one(job, make_engine, micro_step, input_ids):
     checkpoint = load_checkpoint(find_checkpoint(job / "checkpoints")[0], rank=0, world_size=1)
     assert checkpoint.rank_tensors is None
     assert checkpoint.world_size == 2

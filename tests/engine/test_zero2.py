@@ -206,7 +206,7 @@ def test_plain_python_needs_no_launcher_no_port_and_no_compiler(tmp_path, recipe
     program = (
         "import torch\n"
         "from fastcraft.engine.zero2 import *\n"
-        f"RECIPE = {recipe!r}\n"
+        f"RECIPE = {dict(recipe)!r}\n"
         "for _ in range(2):\n"  # a run, and another one in the same process
         "    opened = [init_distributed('cpu') for _ in range(2)]\n"
         "    module = torch.nn.Linear(2, 1)\n"
