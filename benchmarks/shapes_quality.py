@@ -1,4 +1,4 @@
-"""Does it work? ``python -m benchmarks.shapes_quality --seeds 0 1 2``: the judge before and after, per seed, on the miniature.
+"""Does it work? ``python -m benchmarks.shapes_quality --seeds 0 1 2``: the judge before and after, on the miniature.
 
 Runs ``shapes_full`` (CLIP reward with the aesthetic one) for every seed, and the same without the CLIP constraint (the
 aesthetic reward alone), which is what reward hacking looks like. Writes ``results/shapes_quality/``: JSON, a table and

@@ -63,8 +63,8 @@ def sample_seed(run_seed: int, index: int, stream: int = 0) -> int:
 class PromptOrder:
     """Batches of prompts in the order of `prompt_at`.
 
-    Sample numbers count over micro-steps and ranks, so the order is the same at any world size and batch size, and a run
-    goes on exactly where it stopped when it keeps count of the samples it has seen.
+    Sample numbers count over micro-steps and ranks, so the order is the same at any world size and batch size, and a
+    run goes on exactly where it stopped when it keeps count of the samples it has seen.
 
     Args:
         prompts: at least one.

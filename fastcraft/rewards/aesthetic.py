@@ -22,7 +22,6 @@ LAYERS = (0, 2, 4, 6, 7)
 HEAD_FILE = "aesthetic.safetensors"
 """What a folder given as path holds."""
 
-
 RELEASED_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 RELEASED_URL = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
@@ -78,7 +77,6 @@ class AestheticReward(Reward):
         """``path`` is the head: a .pth, .pt or .safetensors file, or a folder with ``aesthetic.safetensors``.
 
         Empty = the released one, downloaded once and checked against its SHA-256.
-
         ``clip_path`` is the CLIP model; empty = openai/clip-vit-large-patch14, or the bundled one for ``"shapes"``.
         """
         head = load_head(towers.resolve(path) if path else released_head())

@@ -60,10 +60,11 @@ def test_out_of_range(num_prompts, index):
 PROMPTS = [f"prompt {i}" for i in range(10)]
 
 
-def global_batch(step, *, world_size, batch_size, accumulation):
+def global_batch(first, *, world_size, batch_size, accumulation):
+    """Every sample of one optimiser step that starts at sample number ``first``, as a training loop asks for them."""
     order = PromptOrder(PROMPTS, seed=5)
     batches = [
-        order.batch((step * accumulation + micro_step) * world_size * batch_size, rank, batch_size=batch_size)
+        order.batch(first + micro_step * world_size * batch_size, rank, batch_size=batch_size)
         for micro_step in range(accumulation)
         for rank in range(world_size)
     ]
@@ -74,18 +75,25 @@ def global_batch(step, *, world_size, batch_size, accumulation):
 @pytest.mark.parametrize("split", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1)], ids=str)
 def test_a_step_sees_the_same_at_any_world_size(split):
     world_size, batch_size, accumulation = split
-    for step in range(4):
-        got = global_batch(step, world_size=world_size, batch_size=batch_size, accumulation=accumulation)
-        assert got == global_batch(step, world_size=1, batch_size=8, accumulation=1)
-        assert [index for index, _ in got] == list(range(8 * step, 8 * step + 8))
+    for first in range(0, 32, 8):
+        got = global_batch(first, world_size=world_size, batch_size=batch_size, accumulation=accumulation)
+        assert got == global_batch(first, world_size=1, batch_size=8, accumulation=1)
+        assert [index for index, _ in got] == list(range(first, first + 8))
+
+
+def test_a_run_goes_on_at_another_batch_size():
+    whole = global_batch(0, world_size=1, batch_size=32, accumulation=1)
+    before = global_batch(0, world_size=2, batch_size=4, accumulation=1)
+    after = global_batch(8, world_size=3, batch_size=4, accumulation=2)
+    assert before + after == whole
 
 
 def test_steps_run_through_the_epochs():
-    seen = [prompt for step in range(5) for _, prompt in global_batch(step, world_size=2, batch_size=2, accumulation=1)]
-    assert Counter(seen) == dict.fromkeys(PROMPTS, 2)
+    steps = [global_batch(first, world_size=2, batch_size=2, accumulation=1) for first in range(0, 20, 4)]
+    assert Counter(prompt for step in steps for _, prompt in step) == dict.fromkeys(PROMPTS, 2)
 
 
-@pytest.mark.parametrize("change", [{"rank": -1}, {"first": -1}, {"batch_size": 0}])
+@pytest.mark.parametrize("change", [{"first": -1}, {"rank": -1}, {"batch_size": 0}])
 def test_batch_out_of_range(change):
     good = {"first": 0, "rank": 0, "batch_size": 1}
     PromptOrder(PROMPTS, seed=0).batch(**good)

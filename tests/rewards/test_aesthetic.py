@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastcraft.errors import UserError
-from fastcraft.rewards.aesthetic import AestheticReward, collapse, load_head
+from fastcraft.rewards.aesthetic import RELEASED_HEAD, AestheticReward, collapse, load_head, released_head
 from fastcraft.rewards.clip_tower import Towers
 
 RELEASED = (768, 1024, 128, 64, 16, 1)
@@ -68,6 +68,35 @@ def test_half_precision_of_the_tower_leaves_the_head_alone(bundled):
     reward = AestheticReward.build("shapes", towers=Towers(device="cpu", dtype=torch.bfloat16, bundled=bundled))
     assert reward.vector.dtype == reward.bias.dtype == torch.float32
     assert reward(torch.rand(1, 3, 32, 32), [""]).dtype == torch.float32
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache and no network: the list of what would have been downloaded."""
+    asked = []
+
+    def download(url, file, **options):
+        asked.append((url, options["hash_prefix"]))
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    return asked
+
+
+def test_no_path_means_the_released_head_by_its_hash(hub, bundled):
+    towers = Towers(device="cpu", dtype=torch.float32, bundled=bundled)
+    with pytest.raises(UserError, match=r"its released head could not be had from https://.*\(no route to host\)"):
+        AestheticReward.build("", towers=towers)
+    assert [sha256 for _, sha256 in hub] == ["21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"]
+
+
+def test_another_file_under_the_released_name_is_refused(hub, tmp_path, make_head):
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(make_head(RELEASED), tmp_path / "checkpoints" / RELEASED_HEAD)
+    with pytest.raises(UserError, match=r"is not the released aesthetic head \(wrong SHA-256\); delete it"):
+        released_head()
+    assert hub == [], "what is there is not fetched again"
 
 
 class Malicious:
