@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcraft.shapes.captions import Claims, sample_claims, write_long, write_short
 from fastcraft.shapes.prompt_sets import held_out_captions
 from fastcraft.shapes.render import render
-from fastcraft.shapes.scenes import sample_scene
+from fastcraft.shapes.scenes import Scene, sample_scene
 
 MAX_WORDS = 70
 """Captions of training fit into the 77 tokens of the text encoder."""
@@ -31,7 +31,7 @@ class Corpus:
         return self.pictures[rows].float() / 255.0
 
 
-def _draw(rng: random.Random) -> tuple:
+def _draw(rng: random.Random) -> tuple[Scene, Claims, str]:
     """One third one object, over half two; one caption in six has several sentences, and only those name three."""
     several = rng.random() < 1.0 / 6.0
     num_things = rng.choices((1, 2, 3), (1, 3, 2) if several else (2, 3, 0))[0]
@@ -47,7 +47,7 @@ def draw_corpus(num_pictures: int, *, seed: int) -> Corpus:
     """Draw a training set. The captions of the held-out files and the held-out combinations never enter it."""
     rng = random.Random(seed)
     forbidden = held_out_captions()
-    drawn = []
+    drawn: list[tuple[Scene, Claims, str]] = []
     while len(drawn) < num_pictures:
         example = _draw(rng)
         if example[2] not in forbidden and len(example[2].split()) + example[2].count(".") <= MAX_WORDS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import avg_pool2d, max_pool2d
 
 from fastcraft.shapes.render import CROSS_ARM, coverage
 from fastcraft.shapes.scenes import COLORS, IMAGE_SIZE, RADIUS, SHAPES
@@ -17,6 +17,12 @@ MIN_AREA = 30
 
 MIN_OVERLAP = 0.60
 """Intersection over union with the best template that a blob must reach to count as that shape."""
+
+SOFT_PASSES = (2, 3)
+"""How often templates are averaged over 3x3 pixels, one lot after the other, to stand for what an autoencoder blurs."""
+
+SOFT_SCALES = (1.0, 1.08, 1.16)
+"""Radii of softened templates, as multiples of the sharp shape's of the same area: softening takes corners away."""
 
 SIZE_BORDER = (RADIUS["small"][1] + RADIUS["large"][0]) / 2.0
 
@@ -110,18 +116,32 @@ def _components(classes: Tensor) -> list[tuple[int, Tensor]]:
     return found
 
 
+def _templates(x: float, y: float, area: float) -> tuple[Tensor, list[tuple[str, float]]]:
+    """Masks (N, H, W) of every shape of about this area and centroid, sharp and soft; each one's shape and radius."""
+    masks, labels = [], []
+    for shape in SHAPES:
+        radii = [factor * math.sqrt(area / _AREA[shape]) for factor in (1.0, *SOFT_SCALES)]
+        centers = [y - _DROP[shape] * radius for radius in radii]
+        covers = coverage(shape, torch.full((len(radii),), x), torch.tensor(centers), torch.tensor(radii))
+        soft, versions = covers[1:, None], [covers[:1]]
+        for passes in SOFT_PASSES:
+            for _ in range(passes):
+                soft = avg_pool2d(soft, 3, 1, 1)
+            versions.append(soft[:, 0])
+        masks.append(torch.cat(versions) > 0.5)
+        labels += [(shape, radius) for radius in (radii[0], *radii[1:] * len(SOFT_PASSES))]
+    return torch.cat(masks), labels
+
+
 def _match_shape(mask: Tensor) -> tuple[str | None, float, float, float, float]:
     """Best shape, its radius, box centre x and y, and overlap, for one blob's (H, W) mask."""
     ys, xs = torch.nonzero(mask, as_tuple=True)
-    x, y, area = float(xs.float().mean()) + 0.5, float(ys.float().mean()) + 0.5, float(len(xs))
-    radii = [math.sqrt(area / _AREA[shape]) for shape in SHAPES]
-    centers = [y - _DROP[shape] * radius for shape, radius in zip(SHAPES, radii, strict=True)]
-    boxes = [torch.tensor([[x], [center], [radius]]) for center, radius in zip(centers, radii, strict=True)]
-    templates = torch.cat([coverage(shape, *box) for shape, box in zip(SHAPES, boxes, strict=True)]) > 0.5
+    x, y = float(xs.float().mean()) + 0.5, float(ys.float().mean()) + 0.5
+    templates, labels = _templates(x, y, float(len(xs)))
     overlaps = (templates & mask).sum((1, 2)) / (templates | mask).sum((1, 2))
     best = int(overlaps.argmax())
-    overlap = float(overlaps[best])
-    return (SHAPES[best] if overlap >= MIN_OVERLAP else None), radii[best], x, centers[best], overlap
+    (shape, radius), overlap = labels[best], float(overlaps[best])
+    return (shape if overlap >= MIN_OVERLAP else None), radius, x, y - _DROP[shape] * radius, overlap
 
 
 def _is_striped(mask: Tensor, chroma: Tensor) -> bool:

@@ -38,7 +38,9 @@ SEED = 2024
 
 def _described(rng: random.Random, count: int) -> tuple[list[Scene], list[str], list[str]]:
     """Scenes, true captions, and captions with one attribute changed so that they are false."""
-    scenes, right, wrong = [], [], []
+    scenes: list[Scene] = []
+    right: list[str] = []
+    wrong: list[str] = []
     while len(scenes) < count:
         num_things = rng.choice((1, 2, 2, 3))
         scene = sample_scene(rng, num_things=num_things, held_out=None)
@@ -61,7 +63,8 @@ def examine_judge(*, count: int = 400, seed: int = SEED) -> dict[str, float]:
 
 def held_out_pictures(*, count: int = 100, seed: int = SEED) -> tuple[Tensor, list[str]]:
     """Rendered pictures (N, 3, 64, 64), with one different caption each, none of them ever trained on."""
-    rng, chosen = random.Random(seed), {}
+    rng = random.Random(seed)
+    chosen: dict[str, Scene] = {}
     while len(chosen) < count:
         scene = sample_scene(rng, num_things=rng.choice((1, 2, 2)), held_out=len(chosen) % 4 == 0)
         chosen.setdefault(write_short(rng, sample_claims(rng, scene, detail=0.8, relation=0.8, background=0.8)), scene)
@@ -71,7 +74,7 @@ def held_out_pictures(*, count: int = 100, seed: int = SEED) -> tuple[Tensor, li
 @torch.no_grad()
 def examine_reward(folder: Path, *, seed: int = SEED) -> dict[str, float]:
     """Retrieval among 100 held-out captions, right against wrong captions, and the aesthetic head against its rule."""
-    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     pictures, captions = held_out_pictures(seed=seed)
     images, texts = embed_images(clip, pictures), embed_texts(clip, tokenize(tokenizer, captions))
@@ -92,7 +95,7 @@ def examine_reward(folder: Path, *, seed: int = SEED) -> dict[str, float]:
 @torch.no_grad()
 def examine_vae(folder: Path, *, count: int = 100, seed: int = SEED) -> dict[str, float]:
     """The judge on rendered pictures after a round trip through the autoencoder: no generated picture can do better."""
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    vae: Any = AutoencoderKL.from_pretrained(folder / "vae").eval()
     scenes, right, _ = _described(random.Random(seed + 2), count)
     decoded = vae.decode(vae.encode(render(scenes) * 2.0 - 1.0).latent_dist.mean).sample
     return summarize(judge_all((decoded / 2.0 + 0.5).clamp(0.0, 1.0), right))
@@ -103,7 +106,7 @@ def generate(
     folder: Path, captions: Sequence[str], *, guidance_scale: float, num_inference_steps: int = 25, seed: int = SEED
 ) -> Tensor:
     """Pictures (N, 3, 64, 64) of the pipeline in `folder`, DDIM, float32 on the CPU; each has a noise of its own."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
@@ -189,7 +192,7 @@ def to_markdown(table: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Examine the shipped weights, or others, and write `exam.json` and `README.md`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with pipeline/ and reward/")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--guidance", type=float, nargs="+", default=[7.5])

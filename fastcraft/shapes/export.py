@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastcraft.shapes.networks import build_scheduler
 from fastcraft.shapes.scenes import IMAGE_SIZE
@@ -18,7 +19,7 @@ from fastcraft.shapes.train_clip import CLIP_MEAN, CLIP_STD, RewardModel
 PREFIX = "text_model."
 
 
-def text_half(clip: CLIPModel) -> CLIPTextModel:
+def text_half(clip: Any) -> CLIPTextModel:
     """The text tower of a CLIP as a model of its own, with the same weights."""
     encoder = CLIPTextModel(clip.config.text_config)
     state = {key.removeprefix(PREFIX): value for key, value in clip.text_model.state_dict().items()}
@@ -46,7 +47,7 @@ def export_pipeline(
     folder: Path, vae: AutoencoderKL, encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
 ) -> None:
     """Save a complete StableDiffusionPipeline folder in float16. The networks are converted in place."""
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,

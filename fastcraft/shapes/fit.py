@@ -59,7 +59,7 @@ def fit(module: nn.Module, loss_at: LossAt, plan: FitPlan, folder: Path) -> list
         module: everything that learns.
         loss_at: one training step's loss.
         plan: lengths and rates.
-        folder: where `<name>.ckpt` is kept while training runs; a checkpoint found there is continued.
+        folder: where `<name>.ckpt` is kept; a checkpoint found there is continued, or just read if complete.
 
     Returns:
         The loss of every step.
@@ -95,7 +95,7 @@ def fit(module: nn.Module, loss_at: LossAt, plan: FitPlan, folder: Path) -> list
             pace = (time.perf_counter() - started) / (step + 1 - begin)
             text = f"{plan.name} {step + 1}/{plan.steps} loss {sum(recent) / len(recent):.4f} {pace:.3f} s/step"
             print(text, flush=True)
-        if (step + 1) % plan.checkpoint_every == 0 and step + 1 < plan.steps:
+        if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
             state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
             torch.save({**state, "average": average.state_dict() if average is not None else {}}, path)
     if average is not None:

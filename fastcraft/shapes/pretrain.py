@@ -1,9 +1,9 @@
 """Make the miniature world's weights again: `python -m fastcraft.shapes.pretrain [--out DIR] [--scale tiny|full]`.
 
-Four stages, each resumable: `vae`, `text` (the pipeline's text encoder), `unet`, `reward`. A stage that is finished is
-read back from `DIR/work/`; one that was interrupted goes on from its last checkpoint. `DIR/pipeline` and `DIR/reward`
-are written when their stages are done, and `--exam` prints the table of what the models can do. The full scale takes
-between one and two hours on two CPU cores.
+Five stages, each resumable: `vae`, `text` (the pipeline's text encoder), `unet` (on that encoder, frozen), `joint` (the
+two together) and `reward`. A stage that is finished is read back from `DIR/work/`; one that was interrupted goes on
+from its last checkpoint. `DIR/pipeline` and `DIR/reward` are written when their stages are done, and `--exam` prints the
+table of what the models can do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPTokenizer
@@ -20,10 +21,10 @@ from fastcraft.shapes.export import export_pipeline, export_reward, text_half
 from fastcraft.shapes.networks import SCALES, Scale, build_clip, build_unet, build_vae
 from fastcraft.shapes.tokens import save_tokenizer
 from fastcraft.shapes.train_clip import RewardModel, train_reward, train_text_encoder
-from fastcraft.shapes.train_unet import train_unet
+from fastcraft.shapes.train_unet import Denoiser, train_joint, train_unet
 from fastcraft.shapes.train_vae import train_vae
 
-STAGES = ("vae", "text", "unet", "reward")
+STAGES = ("vae", "text", "unet", "joint", "reward")
 CORPUS_SEED = 0
 
 
@@ -45,12 +46,13 @@ class Pretraining:
     def is_done(self, stage: str) -> bool:
         return (self.work / f"{stage}.pt").exists()
 
-    def _load(self, stage: str) -> dict:
+    def _load(self, stage: str) -> dict[str, Any]:
         return torch.load(self.work / f"{stage}.pt", weights_only=True, map_location=self.device)
 
-    def _built(self, stage: str) -> torch.nn.Module:
+    def _built(self, stage: str) -> Any:
         """The network of a finished stage, in evaluation mode."""
         state = self._load(stage)
+        network: Any
         if stage == "vae":
             network = build_vae(self.scale)
             network.register_to_config(scaling_factor=state["scaling_factor"])
@@ -58,6 +60,9 @@ class Pretraining:
             network = build_unet(self.scale)
         elif stage == "text":
             network = build_clip(self.scale, self.tokenizer, patch_size=16)
+        elif stage == "joint":
+            encoder = text_half(build_clip(self.scale, self.tokenizer, patch_size=16))
+            network = Denoiser(encoder, build_unet(self.scale))
         else:
             network = RewardModel(build_clip(self.scale, self.tokenizer, patch_size=8))
         network.load_state_dict(state["network"])
@@ -67,7 +72,9 @@ class Pretraining:
         """Train one stage unless it is done. Returns the loss of every step."""
         if self.is_done(stage):
             return list(self._load(stage)["losses"])
-        started, both = time.perf_counter(), {"device": self.device, "autocast": self.autocast}
+        started = time.perf_counter()
+        both: dict[str, Any] = {"device": self.device, "autocast": self.autocast}
+        network: Any
         if stage == "vae":
             network, losses = train_vae(self.corpus, self.scale, self.work, device=self.device)
         elif stage == "text":
@@ -75,13 +82,7 @@ class Pretraining:
         elif stage == "reward":
             network, losses = train_reward(self.corpus, self.tokenizer, self.scale, self.work, **both)
         else:
-            for needed in ("vae", "text"):
-                if not self.is_done(needed):
-                    raise ValueError(f"stages must train {needed} before unet, which needs it, got no {needed}.pt")
-            vae, encoder = self._built("vae"), text_half(self._built("text")).to(self.device)
-            network, losses = train_unet(
-                self.corpus, vae, encoder, self.tokenizer, self.scale, self.work, autocast=self.autocast
-            )
+            network, losses = self._train_denoiser(stage)
         done = {"network": network.state_dict(), "losses": losses}
         if stage == "vae":
             done["scaling_factor"] = network.config.scaling_factor
@@ -89,18 +90,29 @@ class Pretraining:
         print(f"{stage} done in {(time.perf_counter() - started) / 60.0:.1f} min", flush=True)
         return losses
 
+    def _train_denoiser(self, stage: str) -> tuple[Any, list[float]]:
+        for needed in STAGES[: STAGES.index(stage)]:
+            if not self.is_done(needed):
+                raise ValueError(f"stages must train {needed} before {stage}, which needs it, got no {needed}.pt")
+        vae, encoder = self._built("vae"), text_half(self._built("text"))
+        shared = (self.tokenizer, self.scale, self.work)
+        if stage == "unet":
+            return train_unet(self.corpus, vae, encoder.to(vae.device), *shared, autocast=self.autocast)
+        denoiser = Denoiser(encoder, self._built("unet")).to(vae.device)
+        return train_joint(self.corpus, vae, denoiser, *shared, autocast=self.autocast)
+
     def export(self) -> None:
         """Write the folders whose stages are done."""
-        if all(self.is_done(stage) for stage in ("vae", "text", "unet")):
-            vae, encoder, unet = self._built("vae"), text_half(self._built("text")), self._built("unet")
-            export_pipeline(self.out / "pipeline", vae, encoder, unet, self.tokenizer)
+        if all(self.is_done(stage) for stage in ("vae", "text", "unet", "joint")):
+            denoiser = self._built("joint")
+            export_pipeline(self.out / "pipeline", self._built("vae"), denoiser.encoder, denoiser.unet, self.tokenizer)
         if self.is_done("reward"):
             export_reward(self.out / "reward", self._built("reward"))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages, write the folders, and print the table where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("shapes_weights"), help="folder to write to")
     parser.add_argument("--scale", choices=tuple(SCALES), default="full")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {', '.join(STAGES)}")

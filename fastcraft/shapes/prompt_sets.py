@@ -22,7 +22,8 @@ LONG_WORDS = 76
 
 
 def _held_out(num_things: int, seed: int) -> list[str]:
-    rng, chosen = random.Random(seed), {}
+    rng = random.Random(seed)
+    chosen: dict[str, bool] = {}
     while len(chosen) < NUM_HELD_OUT:
         scene = sample_scene(rng, num_things=num_things, held_out=len(chosen) % UNSEEN_SHARE == 0)
         chosen[write_short(rng, sample_claims(rng, scene))] = True
@@ -30,7 +31,8 @@ def _held_out(num_things: int, seed: int) -> list[str]:
 
 
 def _long(seed: int) -> list[str]:
-    rng, chosen = random.Random(seed), {}
+    rng = random.Random(seed)
+    chosen: dict[str, bool] = {}
     while len(chosen) < NUM_LONG:
         scene = sample_scene(rng, num_things=rng.choice((2, 3, 3)))
         claims = sample_claims(rng, scene, detail=0.8, relation=0.9, background=0.8)
@@ -41,7 +43,8 @@ def _long(seed: int) -> list[str]:
 
 
 def _train(seed: int, forbidden: set[str]) -> list[str]:
-    rng, chosen = random.Random(seed), {}
+    rng = random.Random(seed)
+    chosen: dict[str, bool] = {}
     while len(chosen) < NUM_TRAIN:
         scene = sample_scene(rng, num_things=rng.choice((1, 2, 2)))
         caption = write_short(rng, sample_claims(rng, scene))

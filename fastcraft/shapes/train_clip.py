@@ -8,8 +8,8 @@ such captions.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +36,17 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return torch.tensor(batch["input_ids"])
 
 
-def embed_images(clip: CLIPModel, images: Tensor) -> Tensor:
+def embed_images(clip: Any, images: Tensor) -> Tensor:
     """L2-normalised embeddings (B, D) of pictures (B, 3, 64, 64) in [0, 1]."""
     mean, std = images.new_tensor(CLIP_MEAN).view(1, 3, 1, 1), images.new_tensor(CLIP_STD).view(1, 3, 1, 1)
     pooled = clip.vision_model(pixel_values=(images - mean) / std).pooler_output
     return normalize(clip.visual_projection(pooled).float(), dim=1)
 
 
-def embed_texts(clip: CLIPModel, ids: Tensor) -> Tensor:
+def embed_texts(clip: Any, ids: Tensor) -> Tensor:
     """L2-normalised embeddings (B, D) of token ids (B, 77). What follows the first end token plays no part."""
     eos = clip.config.text_config.eos_token_id
-    lengths = (ids != eos).sum(1) + 1
+    lengths = ids.ne(eos).sum(1) + 1
     embeds = torch.empty(len(ids), clip.config.projection_dim, device=ids.device)
     for rows in (lengths <= SHORT_TOKENS, lengths > SHORT_TOKENS):
         if rows.any():
@@ -71,7 +71,8 @@ def train_text_encoder(
 ) -> tuple[CLIPModel, list[float]]:
     """Train a CLIP on pictures and captions alone. Only its text half is kept; its patches are coarse to save time."""
     torch.manual_seed(seed)
-    clip = build_clip(scale, tokenizer, patch_size=16).to(device)
+    clip: Any = build_clip(scale, tokenizer, patch_size=16)
+    clip.to(device)
     clip.set_attn_implementation("eager")
     ids = tokenize(tokenizer, corpus.captions)
 
@@ -110,7 +111,7 @@ def _disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 class RewardModel(nn.Module):
     """The reward CLIP and its aesthetic head, trained together."""
 
-    def __init__(self, clip: CLIPModel) -> None:
+    def __init__(self, clip: Any) -> None:
         super().__init__()
         self.clip = clip
         self.head = AestheticHead(clip.config.projection_dim)
@@ -121,7 +122,7 @@ def train_reward(
 ) -> tuple[RewardModel, list[float]]:
     """Train a CLIP against wrong captions, and with it the head that predicts `aesthetic.vividness`."""
     torch.manual_seed(seed)
-    model = RewardModel(build_clip(scale, tokenizer, patch_size=8)).to(device)
+    model: Any = RewardModel(build_clip(scale, tokenizer, patch_size=8)).to(device)
     model.clip.set_attn_implementation("eager")
     ids = tokenize(tokenizer, corpus.captions)
     wrong_ids = tokenize(tokenizer, _wrong_captions(corpus, seed)).view(len(ids), NUM_NEGATIVES, -1)
@@ -139,7 +140,16 @@ def train_reward(
         logit_scale = model.clip.logit_scale.exp().clamp(max=100.0)
         return _contrast(images, right, wrong, logit_scale) + AESTHETIC_WEIGHT * error
 
-    plan = FitPlan(name="reward", steps=scale.reward_steps, learning_rate=1e-3, seed=seed, autocast=autocast)
-    losses = fit(model, loss_at, replace(plan, ema_decay=0.995), folder)
+    losses: list[float] = []
+    for cycle, steps in enumerate(scale.reward_steps):
+        plan = FitPlan(
+            name=f"reward_{cycle}",
+            steps=steps,
+            learning_rate=1e-3,
+            seed=seed + 10 * cycle,
+            autocast=autocast,
+            ema_decay=0.995,
+        )
+        losses += fit(model.requires_grad_(True), loss_at, plan, folder)
     model.clip.set_attn_implementation("sdpa")
     return model, losses
