@@ -1,12 +1,14 @@
 """Packaging; tools' settings live in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="fastcraft",
     version="0.1.0",
     description="Reward fine-tuning of Stable Diffusion text encoders on DeepSpeed ZeRO-2",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -15,6 +15,7 @@ from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
+from fastcraft.evaluation.scores import Exam
 from fastcraft.memory.policies import POLICIES
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
@@ -42,7 +43,7 @@ class Parts:
     prompts: Sequence[str]
     prompts_summary: str
     evaluation_prompts: list[str]
-    exam: Callable[[Tensor, list[str]], dict[str, float]] | None
+    exam: Exam | None
     make_plan: Callable[[int], CheckpointPlan]
 
 
@@ -185,7 +186,7 @@ def _evaluation_prompts(recipe: Recipe, prompts: Sequence[str]) -> list[str]:
     return [prompts[index] for index in range(min(wanted, len(prompts)))]
 
 
-def _exam(path: str) -> Callable[[Tensor, list[str]], dict[str, float]] | None:
+def _exam(path: str) -> Exam | None:
     if not path:
         return None
     return resolve("fastcraft.shapes.judge:exam" if path == "shapes" else path, "evaluate.exam")

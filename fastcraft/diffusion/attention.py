@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcraft.records import TextKV
 
@@ -13,7 +13,7 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def _attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     num_heads = attn.heads
     out = F.scaled_dot_product_attention(_heads(query, num_heads), _heads(key, num_heads), _heads(value, num_heads))
     return attn.to_out[0](out.transpose(1, 2).flatten(-2))

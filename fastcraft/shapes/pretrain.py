@@ -1,9 +1,9 @@
 """Make the miniature world's weights again: `python -m fastcraft.shapes.pretrain [--out DIR] [--scale tiny|full]`.
 
 Five stages, each resumable: `vae`, `text` (the pipeline's text encoder), `unet` (on that encoder, frozen), `joint` (the
-two together) and `reward`. A stage that is finished is read back from `DIR/work/`; one that was interrupted goes on
-from its last checkpoint. `DIR/pipeline` and `DIR/reward` are written when their stages are done, and `--exam` prints the
-table of what the models can do.
+two together) and `reward`. A finished stage is read back from `DIR/work/`; one that was interrupted goes on from its
+last checkpoint. `DIR/pipeline` and `DIR/reward` are written when their stages are done, and `--exam` prints the table of
+what the models can do.
 """
 
 from __future__ import annotations
