@@ -148,7 +148,7 @@ def test_resume_without_a_good_checkpoint_is_an_error(recipe, tmp_path, capsys):
     for file in out.glob("checkpoints/*/manifest.json"):
         file.unlink()
     before = (out / "metrics.jsonl").read_bytes()
-    assert run(recipe, out, "--resume") == 2
+    assert run(recipe, out, "--resume", "--set", "train.num_steps=2") == 2
     assert "no usable checkpoint" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == before
 

@@ -42,7 +42,7 @@ def usage_lines(export_dir: Path, *, base_model: str) -> list[str]:
             "from diffusers import StableDiffusionPipeline; from transformers import CLIPTextModel",
             f"encoder = CLIPTextModel.from_pretrained({str(export_dir / 'text_encoder')!r})",
             f"pipeline = StableDiffusionPipeline.from_pretrained({base_model!r}, text_encoder=encoder, "
-            "torch_dtype=encoder.dtype)",
+            "dtype=encoder.dtype)",
         ]
     if (export_dir / LORA_FILE).is_file():
         return [

@@ -26,7 +26,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from fastcraft.shapes.aesthetic import AestheticHead, vividness
 from fastcraft.shapes.captions import parse, sample_claims, write_long, write_short
 from fastcraft.shapes.judge import Verdict, judge_all, summarize
-from fastcraft.shapes.negatives import change_attribute
+from fastcraft.shapes.negatives import are_distinct, change_attribute
 from fastcraft.shapes.prompt_sets import load_prompts
 from fastcraft.shapes.render import render
 from fastcraft.shapes.scenes import Scene, is_held_out, sample_scene
@@ -46,9 +46,12 @@ def _described(rng: random.Random, count: int) -> tuple[list[Scene], list[str], 
         scene = sample_scene(rng, num_things=num_things, held_out=None)
         claims = sample_claims(rng, scene, detail=0.7, relation=0.7, background=0.7)
         write = write_short if num_things < 3 else write_long
+        changed = change_attribute(rng, claims)[0]
+        if not are_distinct(changed.things):
+            continue  # two objects of one kind cannot be told apart in words
         scenes.append(scene)
         right.append(write(rng, claims))
-        wrong.append(write(rng, change_attribute(rng, claims)[0]))
+        wrong.append(write(rng, changed))
     return scenes, right, wrong
 
 
@@ -106,7 +109,7 @@ def generate(
     folder: Path, captions: Sequence[str], *, guidance_scale: float, num_inference_steps: int = 25, seed: int = SEED
 ) -> Tensor:
     """Pictures (N, 3, 64, 64) of the pipeline in `folder`, DDIM, float32 on the CPU; each has a noise of its own."""
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pictures = []

@@ -47,7 +47,8 @@ def swap_attribute(rng: random.Random, claims: Claims) -> Claims | None:
     return replace(claims, things=(*swapped, *rest))
 
 
-def _distinct(things: tuple[ThingClaim, ...]) -> bool:
+def are_distinct(things: tuple[ThingClaim, ...]) -> bool:
+    """Whether no two objects have color and shape in common."""
     return len({thing.kind for thing in things}) == len(things)
 
 
@@ -61,5 +62,5 @@ def wrong_claims(rng: random.Random, claims: Claims, *, swap: float = 0.5) -> Cl
     """
     while True:
         wrong = swap_attribute(rng, claims) if rng.random() < swap else change_attribute(rng, claims)[0]
-        if wrong is not None and _distinct(wrong.things) and not is_held_out(tuple(t.kind for t in wrong.things)):
+        if wrong is not None and are_distinct(wrong.things) and not is_held_out(tuple(t.kind for t in wrong.things)):
             return wrong

@@ -20,8 +20,6 @@ class VaePhase:
     is_cropped: bool
     """Crops around objects show four times as many edges in the same time, but set the normalisation layers askew."""
     learning_rate: float = 2e-3
-    is_decoder_only: bool = False
-    """Leave the encoder, and with it every latent that a denoiser has been trained on, as it is."""
     horizon: int | None = None
     """Steps after which the cosine schedule would reach its end; None: `steps`."""
 
@@ -41,17 +39,15 @@ class Scale:
         VaePhase(name="vae_objects", steps=1_000, horizon=2_600, batch=48, is_cropped=True),
         VaePhase(name="vae_details", steps=5_000, batch=16, is_cropped=True, learning_rate=1.5e-3),
         VaePhase(name="vae_whole", steps=400, batch=16, is_cropped=False, learning_rate=6e-4),
-        VaePhase(name="vae_sharpen", steps=3_000, batch=16, is_cropped=True, is_decoder_only=True, learning_rate=1e-3),
-        VaePhase(name="vae_settle", steps=400, batch=16, is_cropped=False, is_decoder_only=True, learning_rate=6e-4),
     )
     clip_steps: int = 900
     clip_batch: int = 192
-    reward_steps: tuple[int, ...] = (900, 1_200)
+    reward_steps: tuple[int, ...] = (900,)
     """Of each cycle of the learning rate."""
     reward_batch: int = 128
     unet_steps: int = 5_000
     """On the frozen text encoder."""
-    joint_steps: int = 3_000
+    joint_steps: int = 600
     """Together with the text encoder."""
     unet_batch: int = 64
 
@@ -62,8 +58,7 @@ SCALES = {
         vae_channels=(8, 8, 16, 16), unet_channels=(16, 32), clip_width=32, clip_layers=2, num_pictures=256,
         vae_phases=(
             VaePhase(name="vae", steps=8, batch=8, is_cropped=False),
-            VaePhase(name="vae_details", steps=2, batch=8, is_cropped=True),
-            VaePhase(name="vae_sharpen", steps=2, batch=8, is_cropped=True, is_decoder_only=True),
+            VaePhase(name="vae_details", steps=4, batch=8, is_cropped=True),
         ),
         clip_steps=12, clip_batch=32, reward_steps=(8, 4), reward_batch=16, unet_steps=12, joint_steps=6, unet_batch=16,
     ),

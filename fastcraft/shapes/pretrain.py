@@ -2,8 +2,8 @@
 
 Five stages, each resumable: `vae`, `text` (the pipeline's text encoder), `unet` (on that encoder, frozen), `joint` (the
 two together) and `reward`. A finished stage is read back from `DIR/work/`; one that was interrupted goes on from its
-last checkpoint. `DIR/pipeline` and `DIR/reward` are written when their stages are done, and `--exam` prints the table of
-what the models can do.
+last checkpoint. `DIR/pipeline` and `DIR/reward` are written when their stages are done, and `--exam` prints the table
+of what the models can do.
 """
 
 from __future__ import annotations

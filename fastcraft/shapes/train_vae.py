@@ -29,39 +29,26 @@ def _colorfulness(pictures: Tensor) -> Tensor:
     return pictures.amax(1, keepdim=True) - pictures.amin(1, keepdim=True)
 
 
-def corners(pictures: Tensor, generator: torch.Generator, multiple_of: int) -> list[tuple[int, int]]:
-    """Top and left of one square of `CROP` pixels in each of (B, 3, H, W) pictures, near a pixel drawn by its color."""
+def crop(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """One square of `CROP` pixels from each of (B, 3, H, W) pictures, around a pixel drawn by its color."""
     size = pictures.shape[-1]
     chances = _colorfulness(pictures).flatten(1) + 1e-3
     centers = torch.multinomial(chances, 1, generator=generator)[:, 0]
     shift = torch.randint(-CROP // 4, CROP // 4 + 1, (2, len(pictures)), generator=generator)
-    tops = (centers // size - CROP // 2 + shift[0]).clamp(0, size - CROP) // multiple_of * multiple_of
-    lefts = (centers % size - CROP // 2 + shift[1]).clamp(0, size - CROP) // multiple_of * multiple_of
-    return list(zip(tops.tolist(), lefts.tolist(), strict=True))
+    tops = (centers // size - CROP // 2 + shift[0]).clamp(0, size - CROP).tolist()
+    lefts = (centers % size - CROP // 2 + shift[1]).clamp(0, size - CROP).tolist()
+    places = zip(pictures, tops, lefts, strict=True)
+    return torch.stack([picture[:, top : top + CROP, left : left + CROP] for picture, top, left in places])
 
 
-def crop(batch: Tensor, places: list[tuple[int, int]], side: int) -> Tensor:
-    """One square of so many pixels from each of (B, C, H, W)."""
-    squares = [x[:, top : top + side, left : left + side] for x, (top, left) in zip(batch, places, strict=True)]
-    return torch.stack(squares).contiguous(memory_format=torch.channels_last)
-
-
-def _error(vae: Any, pictures: Tensor, phase: VaePhase, generator: torch.Generator) -> Tensor:
+def _error(vae: Any, pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Training loss of (B, 3, H, W) pictures in [0, 1]."""
-    places = corners(pictures, generator, 8 if phase.is_decoder_only else 1) if phase.is_cropped else []
-    if phase.is_cropped and not phase.is_decoder_only:
-        pictures = crop(pictures, places, CROP)
-    images = (pictures * 2.0 - 1.0).to(vae.device, memory_format=torch.channels_last)
-    with torch.set_grad_enabled(not phase.is_decoder_only):
-        posterior = vae.encode(images).latent_dist
+    pictures = pictures.to(vae.device, memory_format=torch.channels_last)
+    weight = 1.0 + COLOR_WEIGHT * _colorfulness(pictures)
+    images = pictures * 2.0 - 1.0
+    posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(vae.device)
-    latents = posterior.mean + posterior.std * noise
-    if phase.is_cropped and phase.is_decoder_only:
-        # the latents of the whole picture are what a denoiser makes, so cut those and not the picture
-        latents = crop(latents, [(top // 8, left // 8) for top, left in places], CROP // 8)
-        images = crop(images, places, CROP)
-    error = vae.decode(latents).sample - images
-    weight = 1.0 + COLOR_WEIGHT * _colorfulness(images) / 2.0
+    error = vae.decode(posterior.mean + posterior.std * noise).sample - images
     error = (weight * (error.abs() + error.square())).mean()
     return error + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
@@ -71,7 +58,7 @@ def train_vae(
 ) -> tuple[AutoencoderKL, list[float]]:
     """Train on the corpus's pictures and set `scaling_factor` to one over the latents' standard deviation.
 
-    Whole pictures first, then crops around objects, then whole pictures again; last the decoder alone.
+    Whole pictures first, then crops around objects, then whole pictures again.
     """
     torch.manual_seed(seed)
     vae: Any = build_vae(scale)
@@ -86,7 +73,7 @@ def train_vae(
 
         def loss_at(generator: torch.Generator, phase: VaePhase = phase) -> Tensor:
             pictures = corpus.batch(torch.randint(len(corpus.captions), (phase.batch,), generator=generator))
-            return _error(vae, pictures, phase, generator)
+            return _error(vae, crop(pictures, generator) if phase.is_cropped else pictures, generator)
 
         plan = FitPlan(
             name=phase.name,
@@ -97,10 +84,7 @@ def train_vae(
             weight_decay=0.0,
             ema_decay=0.99,
         )
-        vae.requires_grad_(True)
-        for frozen in (vae.encoder, vae.quant_conv) if phase.is_decoder_only else ():
-            frozen.requires_grad_(False)
-        losses += fit(vae, loss_at, plan, folder)
+        losses += fit(vae.requires_grad_(True), loss_at, plan, folder)
     latents = encode_pictures(vae, corpus, limit=2000)
     vae.register_to_config(scaling_factor=round(1.0 / float(latents.std()), 5))
     return vae, losses

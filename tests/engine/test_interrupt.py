@@ -92,16 +92,6 @@ def test_handlers_are_restored():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_check_costs_nothing_to_speak_of(interrupt):
-    watching = Interrupt(launched=True, watch_grandparent=True)
-    start = time.process_time()
-    for _ in range(10_000):
-        watching.check()
-    seconds = time.process_time() - start
-    watching.restore()
-    assert seconds / 10_000 < 20e-6
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dead_parent_is_a_request(tmp_path, number):
     with chain(tmp_path, generations=1, launched=True, watch=False) as (pids, result):

@@ -52,7 +52,7 @@ def test_the_code_for_a_full_encoder_loads_it(tmp_path, monkeypatch, name):
     exec(compile("\n".join(lines), "closing", "exec"), {})
     assert seen["base"] == 'a/"one\'s model"'
     assert isinstance(seen["text_encoder"], CLIPTextModel)
-    assert seen["torch_dtype"] == torch.float32
+    assert seen["dtype"] == torch.float32
 
 
 def test_the_code_for_a_lora_is_diffusers(tmp_path):

@@ -1,5 +1,11 @@
 """The weighted mix: its arithmetic, what it computes once, its running statistics and their resume."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -206,33 +212,30 @@ def shared_pictures(step):
     return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
 
 
-def _rank(rank, world_size, file, queue):
+def one_rank(rank, store):
+    """What one of two processes sees, as JSON; this file run as a script."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mix = mix_of(normalize="running_std")
     totals = []
     for step in range(3):
         totals.append(mix(shared_pictures(step)[2 * rank : 2 * rank + 2].requires_grad_(), ["", ""]).total.tolist())
         mix.synchronize()
-    queue.put((rank, totals, {name: value.tolist() for name, value in mix.state_dict().items()}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    print(json.dumps([rank, totals, {name: value.tolist() for name, value in mix.state_dict().items()}]))
 
 
 def test_statistics_are_those_of_all_ranks(tmp_path):
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, 2, tmp_path / "store", queue)) for rank in range(2)]
-    try:
-        for process in ranks:
-            process.start()
-        results = sorted(queue.get(timeout=60) for _ in ranks)
-        for process in ranks:
-            process.join(timeout=60)
-            assert process.exitcode == 0
-    finally:
-        for process in ranks:
-            process.kill()
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path / "store")], env=environment, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    results = [json.loads(process.communicate(timeout=120)[0]) for process in ranks]
     single = mix_of(normalize="running_std")
     scores = [single(shared_pictures(step).requires_grad_(), [""] * 4).parts for step in range(3)]
     single.synchronize()
@@ -312,3 +315,7 @@ def test_records_what_a_score_must_be_quoted_with(bundled):
         "resize": "bicubic",
     }
     assert mix.settings["brightness"] == {"weight": 1.0}
+
+
+if __name__ == "__main__":
+    one_rank(int(sys.argv[1]), sys.argv[2])

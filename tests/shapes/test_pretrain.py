@@ -32,7 +32,7 @@ def test_every_stage_learns(run: Pretraining, stage: str) -> None:
 def test_the_folders_load_and_make_a_picture(run: Pretraining) -> None:
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(run.out / "pipeline", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(run.out / "pipeline", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline("a red circle", num_inference_steps=2, output_type="pt").images
     assert images.shape == (1, 3, 64, 64)
