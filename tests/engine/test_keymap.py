@@ -63,8 +63,10 @@ def test_old_module_trees_get_prefixed_names():
             super().__init__()
             self.text_model = nn.ModuleDict({"final_layer_norm": nn.LayerNorm(2)})
 
-    state = {"final_layer_norm.weight": torch.ones(2), "final_layer_norm.bias": torch.ones(2)}
-    Old().load_state_dict(for_module(state, Old()), strict=True)
+    state = {"final_layer_norm.weight": torch.ones(2), "final_layer_norm.bias": torch.ones(2)}  # its bias is made 0
+    old = Old()
+    old.load_state_dict(for_module(state, old), strict=True)
+    assert all(torch.equal(parameter, torch.ones(2)) for parameter in old.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # PEFT asks transformers by the old name
