@@ -63,7 +63,7 @@ def test_old_module_trees_get_prefixed_names():
             super().__init__()
             self.text_model = nn.ModuleDict({"final_layer_norm": nn.LayerNorm(2)})
 
-    state = {"final_layer_norm.weight": torch.ones(2), "final_layer_norm.bias": torch.ones(2)}  # its bias is made 0
+    state = {"final_layer_norm.weight": torch.ones(2), "final_layer_norm.bias": torch.ones(2)}  # a new bias is 0
     old = Old()
     old.load_state_dict(for_module(state, old), strict=True)
     assert all(torch.equal(parameter, torch.ones(2)) for parameter in old.parameters())
