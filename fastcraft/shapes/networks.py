@@ -42,13 +42,15 @@ class Scale:
     )
     clip_steps: int = 900
     clip_batch: int = 192
-    reward_steps: tuple[int, ...] = (900,)
+    reward_steps: tuple[int, ...] = (900, 2_000)
     """Of each cycle of the learning rate."""
     reward_batch: int = 128
     unet_steps: int = 5_000
     """On the frozen text encoder."""
-    joint_steps: int = 600
-    """Together with the text encoder."""
+    joint_steps: tuple[int, ...] = (600, 6_000)
+    """Together with the text encoder, in each cycle of the learning rate."""
+    joint_rates: tuple[float, ...] = (5e-4, 1e-3)
+    """Peak learning rate of each cycle."""
     unet_batch: int = 64
 
 
@@ -60,7 +62,7 @@ SCALES = {
             VaePhase(name="vae", steps=8, batch=8, is_cropped=False),
             VaePhase(name="vae_details", steps=4, batch=8, is_cropped=True),
         ),
-        clip_steps=12, clip_batch=32, reward_steps=(8, 4), reward_batch=16, unet_steps=12, joint_steps=6, unet_batch=16,
+        clip_steps=12, clip_batch=32, reward_steps=(8, 4), reward_batch=16, unet_steps=12, joint_steps=(4, 2), unet_batch=16,
     ),
 }  # fmt: skip
 

@@ -123,15 +123,17 @@ def train_joint(
         text = encoder(input_ids=torch.where(dropped[:, None], empty, ids[rows.to(ids.device)])).last_hidden_state
         return unet(noisy, steps, text).sample
 
-    plan = FitPlan(
-        name="joint",
-        steps=scale.joint_steps,
-        learning_rate=5e-4,
-        seed=SEED + 10,
-        ema_decay=0.998,
-        autocast=autocast,
-    )
-    losses = fit(denoiser.requires_grad_(True), lambda generator: task.loss(predict, generator), plan, folder)
+    losses: list[float] = []
+    for cycle, (steps, rate) in enumerate(zip(scale.joint_steps, scale.joint_rates, strict=True)):
+        plan = FitPlan(
+            name=f"joint_{cycle}",
+            steps=steps,
+            learning_rate=rate,
+            seed=SEED + 10 * (cycle + 1),
+            ema_decay=0.998,
+            autocast=autocast,
+        )
+        losses += fit(denoiser.requires_grad_(True), lambda generator: task.loss(predict, generator), plan, folder)
     encoder.set_attn_implementation("sdpa")
     unet.set_default_attn_processor()
     return denoiser, losses
