@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,8 +15,13 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    num_heads = attn.heads
-    out = F.scaled_dot_product_attention(_heads(query, num_heads), _heads(key, num_heads), _heads(value, num_heads))
+    query, key, value = (_heads(x, attn.heads) for x in (query, key, value))
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # the CPU's fused backward in bfloat16 takes longer than the plain product (benchmarks/LOG.md)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        out = scores.softmax(dim=-1) @ value
+    else:
+        out = F.scaled_dot_product_attention(query, key, value)
     return attn.to_out[0](out.transpose(1, 2).flatten(-2))
 
 

@@ -136,7 +136,6 @@ class Zero2Engine:
             raise UserError(f"--ds_config: DeepSpeed refuses it: {str(error).splitlines()[0]}") from error
         self.module = module
         self._updates = 0
-        self._micro_steps = 0  # since the last update
         self._awaits_step = False
         self._make_moments()
 
@@ -168,30 +167,11 @@ class Zero2Engine:
             group["lr"] = lr
         self._engine.step()
         if not due:
-            self._micro_steps += 1
             return StepResult(took_step=False, skipped=False, grad_norm=None, lr=lr)
-        self._micro_steps = 0
         if not self._engine.was_step_applied():
             return StepResult(took_step=False, skipped=True, grad_norm=None, lr=lr)
         self._updates += 1
         return StepResult(took_step=True, skipped=False, grad_norm=float(self._engine.get_global_grad_norm()), lr=lr)
-
-    def discard(self) -> None:
-        """Forget what has accumulated since the last update; the next micro-step begins a new one.
-
-        For a bad micro-batch among several: every rank calls it in place of ``backward`` and ``step``.
-        """
-        zero = self._zero
-        zero.zero_grad(set_to_none=True)
-        zero._release_preflattened_grad_buffers()
-        zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
-        zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
-        if zero.cpu_offload:
-            zero.reset_cpu_buffers()
-        zero.micro_step_id = -1  # DeepSpeed's "nothing accumulated yet"
-        self._engine.micro_steps -= self._micro_steps
-        self._micro_steps = 0
-        self._awaits_step = False
 
     @property
     def lr(self) -> float:

@@ -63,13 +63,6 @@ def summarize(values: Tensor, *, num_resamples: int = 2000, seed: int = 0) -> Su
     return Summary(mean=values.mean().item(), standard_error=error, low=low, high=high, count=count)
 
 
-def paired_difference(before: Tensor, after: Tensor, *, num_resamples: int = 2000, seed: int = 0) -> Summary:
-    """`summarize` of after - before, picture by picture: with the same prompts and seeds far surer than two means."""
-    if before.shape != after.shape:
-        raise ValueError(f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
-    return summarize(after.double() - before.double(), num_resamples=num_resamples, seed=seed)
-
-
 @torch.no_grad()
 def score_pictures(images: Tensor, prompts: Sequence[str], *, rewards: Rewards, micro_batch: int) -> dict[str, Tensor]:
     """Raw scores of every picture.

@@ -62,7 +62,8 @@ SCALES = {
             VaePhase(name="vae", steps=8, batch=8, is_cropped=False),
             VaePhase(name="vae_details", steps=4, batch=8, is_cropped=True),
         ),
-        clip_steps=12, clip_batch=32, reward_steps=(8, 4), reward_batch=16, unet_steps=12, joint_steps=(4, 2), unet_batch=16,
+        clip_steps=12, clip_batch=32, reward_steps=(8, 4), reward_batch=16,
+        unet_steps=12, joint_steps=(4, 2), unet_batch=16,
     ),
 }  # fmt: skip
 

@@ -115,22 +115,6 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config, accumulation, make_en
     assert_equal(engine.state(), clean.state())
 
 
-@pytest.mark.parametrize("config", ["zero2.json", "zero1.json", "zero2_offload.json"])
-@pytest.mark.parametrize("with_step", [True, False])
-def test_discarded_micro_steps_leave_no_trace(config, with_step, make_engine, micro_step, input_ids):
-    engine, clean = (make_engine(config, gradient_accumulation_steps=2) for _ in range(2))
-    micro_step(engine, input_ids[6:])
-    if with_step:
-        engine.step()
-    engine.discard()
-    for trained in (engine, clean):
-        for batch in input_ids.split(2)[:2]:
-            micro_step(trained, batch)
-            result = trained.step()
-        assert result.took_step
-    assert_equal(engine.state(), clean.state())
-
-
 @pytest.mark.parametrize("config", CONFIGS)
 def test_training_goes_on_bit_exactly_from_a_state(config, make_engine, make_text_model, micro_step, input_ids):
     first = make_engine(config)

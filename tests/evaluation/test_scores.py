@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastcraft.errors import UserError
-from fastcraft.evaluation.scores import compare, evaluate_pictures, paired_difference, score_pictures, summarize
+from fastcraft.evaluation.scores import compare, evaluate_pictures, score_pictures, summarize
 from fastcraft.records import RewardOutput
 
 
@@ -83,15 +83,6 @@ def test_summary_of_one_and_of_nan():
     assert math.isnan(summarize(torch.tensor([1.0, math.nan])).mean)
     with pytest.raises(ValueError, match="at least one"):
         summarize(torch.empty(0))
-
-
-def test_pairs_are_surer_than_means():
-    before = torch.randn(100, generator=torch.Generator().manual_seed(1))
-    difference = paired_difference(before, before + 0.1)
-    assert difference.low == pytest.approx(0.1, abs=1e-6)
-    assert difference.high == pytest.approx(0.1, abs=1e-6)
-    with pytest.raises(ValueError, match="one shape"):
-        paired_difference(before, before[:5])
 
 
 def test_compare_joins_errors_and_keeps_what_one_side_lacks():
