@@ -52,7 +52,6 @@ def test_the_aesthetic_head_passes_its_gate() -> None:
     assert examine_reward(WEIGHTS / "reward")["aesthetic_correlation"] >= 0.90
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped reward retrieves 75 of 100; it needs longer training")
 def test_the_reward_clip_passes_its_gate() -> None:
     assert examine_reward(WEIGHTS / "reward")["retrieval_top1"] >= 0.80
 
