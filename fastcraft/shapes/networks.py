@@ -25,6 +25,17 @@ class VaePhase:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cycle:
+    """One stretch of another network's training, with a learning rate that rises and falls once."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    """At its peak."""
+    horizon: int | None = None
+    """As in `VaePhase`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
     """Sizes of networks and lengths of their training. B x steps samples are seen by each network."""
 
@@ -42,15 +53,13 @@ class Scale:
     )
     clip_steps: int = 900
     clip_batch: int = 192
-    reward_steps: tuple[int, ...] = (900, 2_000)
-    """Of each cycle of the learning rate."""
+    reward_cycles: tuple[Cycle, ...] = (Cycle(steps=900), Cycle(steps=2_000))
     reward_batch: int = 128
     unet_steps: int = 5_000
     """On the frozen text encoder."""
-    joint_steps: tuple[int, ...] = (600, 6_000)
-    """Together with the text encoder, in each cycle of the learning rate."""
-    joint_rates: tuple[float, ...] = (5e-4, 1e-3)
-    """Peak learning rate of each cycle."""
+    joint_cycles: tuple[Cycle, ...] = (Cycle(steps=600, learning_rate=5e-4), Cycle(steps=4_000, horizon=6_000))
+    """Together with the text encoder. Longer, and one object would come out right more often than leaves room to show
+    that a reward helps."""
     unet_batch: int = 64
 
 
@@ -62,8 +71,8 @@ SCALES = {
             VaePhase(name="vae", steps=8, batch=8, is_cropped=False),
             VaePhase(name="vae_details", steps=4, batch=8, is_cropped=True),
         ),
-        clip_steps=12, clip_batch=32, reward_steps=(8, 4), reward_batch=16,
-        unet_steps=12, joint_steps=(4, 2), unet_batch=16,
+        clip_steps=12, clip_batch=32, reward_cycles=(Cycle(steps=8), Cycle(steps=4)), reward_batch=16,
+        unet_steps=12, joint_cycles=(Cycle(steps=4), Cycle(steps=2)), unet_batch=16,
     ),
 }  # fmt: skip
 

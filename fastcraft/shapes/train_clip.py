@@ -141,12 +141,13 @@ def train_reward(
         return _contrast(images, right, wrong, logit_scale) + AESTHETIC_WEIGHT * error
 
     losses: list[float] = []
-    for cycle, steps in enumerate(scale.reward_steps):
+    for number, cycle in enumerate(scale.reward_cycles):
         plan = FitPlan(
-            name=f"reward_{cycle}",
-            steps=steps,
-            learning_rate=1e-3,
-            seed=seed + 10 * cycle,
+            name=f"reward_{number}",
+            steps=cycle.steps,
+            horizon=cycle.horizon,
+            learning_rate=cycle.learning_rate,
+            seed=seed + 10 * number,
             autocast=autocast,
             ema_decay=0.995,
         )

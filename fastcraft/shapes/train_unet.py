@@ -124,12 +124,13 @@ def train_joint(
         return unet(noisy, steps, text).sample
 
     losses: list[float] = []
-    for cycle, (steps, rate) in enumerate(zip(scale.joint_steps, scale.joint_rates, strict=True)):
+    for number, cycle in enumerate(scale.joint_cycles):
         plan = FitPlan(
-            name=f"joint_{cycle}",
-            steps=steps,
-            learning_rate=rate,
-            seed=SEED + 10 * (cycle + 1),
+            name=f"joint_{number}",
+            steps=cycle.steps,
+            horizon=cycle.horizon,
+            learning_rate=cycle.learning_rate,
+            seed=SEED + 10 * (number + 1),
             ema_decay=0.998,
             autocast=autocast,
         )
