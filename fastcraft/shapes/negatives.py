@@ -25,12 +25,17 @@ def change_attribute(rng: random.Random, claims: Claims) -> tuple[Claims, str]:
     if kind == "background":
         return replace(claims, background=_other(rng, tuple(BACKGROUNDS), claims.background or "")), kind
     if kind == "relation":
-        relations = list(claims.relations)
-        relations[index] = replace(relations[index], relation=OPPOSITE[relations[index].relation])
-        return replace(claims, relations=tuple(relations)), kind
+        return _turn_relation(claims, index), kind
     things = list(claims.things)
     things[index] = replace(things[index], **{kind: _other(rng, _VALUES[kind], getattr(things[index], kind))})
     return replace(claims, things=tuple(things)), kind
+
+
+def _turn_relation(claims: Claims, index: int) -> Claims:
+    """The opposite of one claimed relation."""
+    relations = list(claims.relations)
+    relations[index] = replace(relations[index], relation=OPPOSITE[relations[index].relation])
+    return replace(claims, relations=tuple(relations))
 
 
 def swap_attribute(rng: random.Random, claims: Claims) -> Claims | None:
@@ -52,14 +57,17 @@ def are_distinct(things: tuple[ThingClaim, ...]) -> bool:
     return len({thing.kind for thing in things}) == len(things)
 
 
-def wrong_claims(rng: random.Random, claims: Claims, *, swap: float = 0.5) -> Claims:
+def wrong_claims(rng: random.Random, claims: Claims, *, swap: float = 0.5, turn: float = 0.0) -> Claims:
     """Claims that a picture of `claims` fails, free of held-out combinations so that training may see them.
 
     Args:
         rng: the only source of chance.
         claims: what is true.
         swap: how often to exchange an attribute between objects rather than to change one.
+        turn: how often to turn a relation round instead, where the caption claims one.
     """
+    if claims.relations and rng.random() < turn:
+        return _turn_relation(claims, rng.randrange(len(claims.relations)))
     while True:
         wrong = swap_attribute(rng, claims) if rng.random() < swap else change_attribute(rng, claims)[0]
         if wrong is not None and are_distinct(wrong.things) and not is_held_out(tuple(t.kind for t in wrong.things)):

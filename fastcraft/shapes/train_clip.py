@@ -93,7 +93,7 @@ def _wrong_captions(corpus: Corpus, seed: int) -> list[str]:
     written = []
     for caption, claims in zip(corpus.captions, corpus.claims, strict=True):
         for _ in range(NUM_NEGATIVES):
-            wrong = wrong_claims(rng, claims, swap=0.6)
+            wrong = wrong_claims(rng, claims, swap=0.6, turn=0.5)
             written.append(write_long(rng, wrong) if caption.endswith(".") else write_short(rng, wrong))
     return written
 
