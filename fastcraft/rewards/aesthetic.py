@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.affine_head import AffineHead, collapse
-from fastcraft.rewards.clip_tower import OPENAI_CLIP_L, ClipTower, Towers
+from fastcraft.rewards.clip_files import OPENAI_CLIP_L
+from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile, find_file, read_tensors
 from fastcraft.rewards.tower_reward import TowerReward
 

@@ -1,5 +1,6 @@
 """Reads a CLIPModel and its tokenizer from disk or the hub, and refuses whatever would be half right."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from fastcraft.errors import UserError
 from fastcraft.rewards.open_clip import OPEN_CLIP_FILES, load_open_clip
 from fastcraft.rewards.tensor_files import ENDINGS, first_line, some
 
+OPENAI_CLIP_L = "openai/clip-vit-large-patch14"
+LAION_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 NUM_BYTE_SYMBOLS = 256
 """A byte-level vocabulary has at least these."""
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -35,7 +38,8 @@ def load_clip(
         path: a folder or a hub id of a ``CLIPModel``, or a file or folder of open_clip.
         dtype: of the weights.
         tokenizer_path: a folder or hub id with the vocabulary; empty = where the weights are, if it is there.
-        tokenizer: hub id of the vocabulary otherwise; empty = none: the weights must bring theirs.
+        tokenizer: hub id of the vocabulary otherwise; empty = OpenAI's for open_clip, whose files never bring one, and
+            none for a ``CLIPModel``, which must.
         activation: see `load_open_clip`, which alone needs it.
         head_width: see `load_open_clip`, which alone needs it.
 
@@ -48,7 +52,8 @@ def load_clip(
     else:
         _check_folder(path)
         model = _load_transformers(path, dtype)
-    vocabulary = _load_tokenizer(path, tokenizer_path or _own_tokenizer(path) or tokenizer)
+    fallback = tokenizer or (OPENAI_CLIP_L if open_clip else "")
+    vocabulary = _load_tokenizer(path, tokenizer_path or _own_tokenizer(path) or fallback)
     _check_tokenizer(path, vocabulary, model.config)
     return model, vocabulary
 
@@ -106,7 +111,7 @@ def _load_transformers(path: str, dtype: torch.dtype) -> Any:
                 )
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
             if safe and len(kinds) > 1 and isinstance(error, OSError):
                 continue
             raise UserError(f"rewards: cannot load a CLIPModel from {path!r}: {_reason(path, error)}") from error
@@ -134,12 +139,15 @@ def _load_tokenizer(path: str, place: str) -> Any:
         place = path
     try:
         with _quiet():
-            return CLIPTokenizer.from_pretrained(place)
+            tokenizer = CLIPTokenizer.from_pretrained(place)
+        if len(tokenizer) <= NUM_BYTE_SYMBOLS:  # without its files, transformers makes an empty one
+            raise ValueError(f"only {len(tokenizer)} entries")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"rewards: {path!r} needs CLIP's vocabulary, and it cannot be loaded from {place!r} "
             f"({_reason(place, error)}); give tokenizer_path"
         ) from error
+    return tokenizer
 
 
 def _check_keys(path: str, report: dict[str, Any]) -> None:
@@ -159,8 +167,6 @@ def _check_keys(path: str, report: dict[str, Any]) -> None:
 def _check_tokenizer(path: str, tokenizer: Any, config: Any) -> None:
     """Raise unless ids fit the embedding table and the end mark is the one at which the model pools."""
     text, largest = config.text_config, max(tokenizer.get_vocab().values())
-    if len(tokenizer) <= NUM_BYTE_SYMBOLS:
-        raise UserError(f"rewards: the tokenizer of {path!r} has only {len(tokenizer)} entries")
     if largest >= text.vocab_size:
         raise UserError(f"rewards: the tokenizer of {path!r} has id {largest}, its model only {text.vocab_size} ids")
     # Configs that say 2 are the old OpenAI ones: there the model pools at the largest id.

@@ -6,7 +6,8 @@ from typing import Any, Self
 from torch import Tensor
 
 from fastcraft.rewards.checks import checked_number
-from fastcraft.rewards.clip_tower import OPENAI_CLIP_L, ClipTower, Towers
+from fastcraft.rewards.clip_files import OPENAI_CLIP_L
+from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 

@@ -17,9 +17,6 @@ from fastcraft.rewards.clip_files import load_clip
 from fastcraft.rewards.preprocess import Resize
 from fastcraft.rewards.tower import ImageCache, Tower, raised
 
-OPENAI_CLIP_L = "openai/clip-vit-large-patch14"
-LAION_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
 
 class ClipTower(Tower):
     """Both halves of a CLIP model, frozen, with their features L2-normalised.
@@ -160,7 +157,7 @@ class Towers:
         path: str,
         *,
         tokenizer_path: str = "",
-        tokenizer: str = OPENAI_CLIP_L,
+        tokenizer: str = "",
         activation: str = "gelu",
         head_width: int = 0,
     ) -> ClipTower:

@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastcraft.rewards.clip_tower import LAION_CLIP_H, ClipTower, Towers
+from fastcraft.rewards.clip_files import LAION_CLIP_H
+from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 

@@ -24,6 +24,8 @@ BERT = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw scores on the authors' test set."""
 MAX_TOKENS = 35
+NUM_MARKS = 5
+"""[PAD], [UNK], [CLS], [SEP], [MASK]."""
 
 
 class BlipTower(Tower):
@@ -126,9 +128,12 @@ def _load_tokenizer(place: str) -> Any:
     from transformers import BertTokenizer
 
     try:
-        return BertTokenizer.from_pretrained(place)
+        tokenizer = BertTokenizer.from_pretrained(place)
+        if len(tokenizer) <= NUM_MARKS:  # without its files, transformers makes an empty one
+            raise ValueError(f"only {len(tokenizer)} entries")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"rewards: 'imagereward' needs BERT's vocabulary, and it cannot be loaded from {place!r} "
             f"({first_line(error)}); give tokenizer_path"
         ) from error
+    return tokenizer

@@ -138,9 +138,7 @@ def fake_mediapipe():
     def face_options(*, base_options, min_detection_confidence):
         return SimpleNamespace(threshold=min_detection_confidence)
 
-    def hand_options(
-        *, base_options, num_hands, min_hand_detection_confidence, min_hand_presence_confidence
-    ):
+    def hand_options(*, base_options, num_hands, min_hand_detection_confidence, min_hand_presence_confidence):
         return SimpleNamespace(threshold=min_hand_detection_confidence)
 
     task = SimpleNamespace(create_from_options=FakeDetector)
@@ -163,7 +161,7 @@ def mediapipe(monkeypatch):
 def coloured(images, prompts):
     """A user's function, differentiable and reading the prompt."""
     lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
-    return images.float().mean(dim=(1, 2, 3)) * (1 + lengths)
+    return images.mean(dim=(1, 2, 3)) * (1 + lengths)
 
 
 @pytest.fixture(scope="session")

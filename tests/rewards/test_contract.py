@@ -120,7 +120,10 @@ def test_a_users_class_needs_no_change_here(monkeypatch):
         (("clip", 1.0, "shapes", {"resize": "nearest"}), "resize of 'clip' must be 'bicubic' or 'area', got 'nearest'"),
         (("clip", float("nan"), "shapes", {}), "option weight of 'clip' must be a finite number, got nan"),
         (("clip", 0.0, "shapes", {}), "at least one weight must not be 0"),
-        (("aesthetic", 1.0, "shapes", {"clip_pth": "x"}), "'aesthetic' has no option 'clip_pth'; did you mean 'clip_path'"),
+        (
+            ("aesthetic", 1.0, "shapes", {"clip_pth": "x"}),
+            "no option 'clip_pth'; did you mean 'clip_path'",
+        ),
         (("pathlib:Path", 1.0, "", {}), "'pathlib:Path' must be a subclass of fastcraft.rewards.base.Reward"),
     ],
 )

@@ -43,9 +43,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 64), gelu=nn.GELU(), c_proj=nn.Linear(64, width))
-        )
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 64), gelu=nn.GELU(), c_proj=nn.Linear(64, width)))
 
     def forward(self, x, mask=None):
         y = self.ln_1(x)
@@ -238,7 +236,7 @@ def test_imagereward_is_the_published_blip(build, images, standins):
     tokens = BertTokenizer.from_pretrained(folder)(
         prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
     )
-    assert tokens.attention_mask.sum(dim=1).tolist() == [9, 2, 35] or tokens.attention_mask.sum(dim=1)[2] == 35
+    assert tokens.attention_mask.sum(dim=1).tolist()[1:] == [2, 35], "an empty and a cut prompt are among them"
     expected = published_image_reward(tensors, images, tokens.input_ids, tokens.attention_mask)
     assert expected.std() > 0.02, "the stand-in must tell the pairs apart"
     torch.testing.assert_close(build("imagereward")(images, prompts), expected, rtol=1e-5, atol=1e-5)
