@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.open_clip import OPEN_CLIP_FILES, load_open_clip
@@ -18,6 +19,7 @@ NUM_BYTE_SYMBOLS = 256
 """A byte-level vocabulary has at least these."""
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _PICKLE = "pytorch_model.bin"
+_LOAD_ERRORS = (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError)
 
 
 def load_clip(
@@ -88,7 +90,6 @@ def _own_tokenizer(path: str) -> str:
 
 
 def _load_transformers(path: str, dtype: torch.dtype) -> Any:
-    from safetensors import SafetensorError
     from transformers import AutoConfig, CLIPConfig, CLIPModel
 
     class ExactScaleClip(CLIPModel):
@@ -111,7 +112,7 @@ def _load_transformers(path: str, dtype: torch.dtype) -> Any:
                 )
         except UserError:
             raise
-        except (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        except _LOAD_ERRORS as error:
             if safe and len(kinds) > 1 and isinstance(error, OSError):
                 continue
             raise UserError(f"rewards: cannot load a CLIPModel from {path!r}: {_reason(path, error)}") from error
