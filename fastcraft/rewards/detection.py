@@ -1,5 +1,6 @@
 """How sure a detector is of a face or a hand: MediaPipe's, which needs the ``detectors`` extra."""
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -33,6 +34,7 @@ class DetectionReward(Reward):
     def __init__(self, detector: Any, *, floor: float = 0.0, source: str = "") -> None:
         super().__init__()
         self.detector = detector
+        weakref.finalize(self, detector.close)  # by itself MediaPipe closes too late, and complains at exit
         self.floor = checked_number(self.name, "floor", floor)
         self.source = source
         self.num_scored = self.num_none_found = 0

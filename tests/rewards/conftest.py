@@ -118,6 +118,10 @@ class FakeDetector:
 
     def __init__(self, options):
         self.options = options
+        self.is_closed = False
+
+    def close(self):
+        self.is_closed = True
 
     def detect(self, image):
         brightness = float(image.data.mean()) / 255

@@ -1,5 +1,6 @@
 """Rewards from outside torch: MediaPipe's detectors and a user's function."""
 
+import gc
 import sys
 
 import pytest
@@ -27,6 +28,15 @@ def test_nothing_found_is_the_floor_and_is_counted(name, towers, standins, media
     reward(shades(0.8), [""])
     assert reward.counts == {"scored": 4, "none found": 2}
     assert reward.settings["floor"] == -1.0
+
+
+def test_a_detector_is_closed_with_its_reward(towers, standins, mediapipe):
+    reward = REWARDS.get("face").build(standins["face"][0], towers=towers)
+    detector = reward.detector
+    assert not detector.is_closed
+    del reward
+    gc.collect()
+    assert detector.is_closed
 
 
 def test_the_mix_hands_counts_on(towers, standins, mediapipe):
