@@ -35,9 +35,11 @@ setup(
         "tqdm",
         "psutil",
     ],
+    entry_points={"console_scripts": ["fastcraft = fastcraft.cli:main"]},
     extras_require={
         "test": ["pytest>=9", "pytest-benchmark>=5.3"],
         "dev": ["pytest>=9", "pytest-benchmark>=5.3", "ruff==0.17.5", "mypy==2.4.1"],
         "parquet": ["pyarrow"],
+        "detectors": ["mediapipe>=0.10.31"],
     },
 )

@@ -1,4 +1,6 @@
-"""A Stable Diffusion 1.5 folder and a CLIP ViT-L/14 reward of random weights: ``python -m benchmarks.random_sd15 DIR``.
+"""A Stable Diffusion 1.5 folder and its rewards, of random weights: ``python -m benchmarks.random_sd15 DIR``.
+
+The rewards are CLIP ViT-L/14 with an aesthetic head, PickScore (ViT-H/14) and HPSv2 (ViT-H/14 with open_clip's names).
 
 Speed and memory do not depend on what the weights say, so a machine without the published ones can measure. ``--width``
 divides every channel count, to rehearse on a small machine.
@@ -68,25 +70,58 @@ def write_pipeline(folder: Path, *, width: int = 1, seed: int = 0) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
+def write_clip(folder: Path, *, text: tuple[int, int, int], vision: tuple[int, int]) -> None:
+    """A float16 ``CLIPModel`` and its tokenizer; text is (width, layers, heads), vision (width, layers)."""
+    from transformers import CLIPConfig, CLIPModel
+
+    vocab = write_tokenizer(folder, 49408)
+    marks = {"eos_token_id": vocab["<|endoftext|>"], "pad_token_id": vocab["<|endoftext|>"]}
+    text_config = {
+        "vocab_size": 49408, "hidden_size": text[0], "intermediate_size": 4 * text[0], "num_hidden_layers": text[1],
+        "num_attention_heads": text[2], "bos_token_id": vocab["<|startoftext|>"], **marks,
+    }  # fmt: skip
+    vision_config = {
+        "hidden_size": vision[0], "intermediate_size": 4 * vision[0], "num_hidden_layers": vision[1],
+        "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
+    }  # fmt: skip
+    config = CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=text[0])
+    CLIPModel(config).half().save_pretrained(folder)
+
+
+def write_hps(folder: Path, *, width: int = 1, seed: int = 2) -> None:
+    """``HPS_v2_compressed.pt``: ViT-H/14 in float16 under open_clip's names, and the vocabulary beside it."""
+    torch.manual_seed(seed)
+    write_tokenizer(folder, 49408)
+    tensors = {"logit_scale": torch.tensor(4.6052)}
+    for half, wide, layers in (("visual.", 1280 // width, 32), ("", 1024 // width, 24)):
+        shapes = {"ln_1": (wide,), "ln_2": (wide,), "attn.out_proj": (wide, wide)}
+        shapes |= {"mlp.c_fc": (4 * wide, wide), "mlp.c_proj": (wide, 4 * wide), "attn.in_proj": (3 * wide, wide)}
+        for block in (f"{half}transformer.resblocks.{i}." for i in range(layers)):
+            for name, shape in shapes.items():
+                separator = "_" if name.endswith("in_proj") else "."
+                weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[1] ** -0.5
+                tensors[f"{block}{name}{separator}weight"] = weight.half()
+                tensors[f"{block}{name}{separator}bias"] = torch.zeros(shape[0]).half()
+    wide, hidden = 1280 // width, 1024 // width
+    for norm, size in (("visual.ln_pre", wide), ("visual.ln_post", wide), ("ln_final", hidden)):
+        tensors[f"{norm}.weight"], tensors[f"{norm}.bias"] = torch.ones(size).half(), torch.zeros(size).half()
+    tables = {
+        "visual.conv1.weight": (wide, 3, 14, 14), "visual.class_embedding": (wide,),
+        "visual.positional_embedding": (257, wide), "visual.proj": (wide, hidden),
+        "token_embedding.weight": (49408, hidden), "positional_embedding": (77, hidden),
+        "text_projection": (hidden, hidden),
+    }  # fmt: skip
+    tensors |= {name: (0.02 * torch.randn(shape)).half() for name, shape in tables.items()}
+    torch.save({"state_dict": tensors}, folder / "HPS_v2_compressed.pt")
+
+
 def write_reward(folder: Path, *, width: int = 1, seed: int = 1) -> None:
     """CLIP ViT-L/14 and an aesthetic head with the LAION file's layers."""
     from safetensors.torch import save_file
-    from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
-    vocab = write_tokenizer(folder, 49408)
-    hidden, wide = 768 // width, 1024 // width
-    text = {
-        "vocab_size": 49408, "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "bos_token_id": vocab["<|startoftext|>"], "eos_token_id": vocab["<|endoftext|>"],
-        "pad_token_id": vocab["<|endoftext|>"],
-    }  # fmt: skip
-    vision = {
-        "hidden_size": wide, "intermediate_size": 4 * wide, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": 224, "patch_size": 14,
-    }  # fmt: skip
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=hidden))
-    clip.half().save_pretrained(folder)
+    hidden = 768 // width
+    write_clip(folder, text=(hidden, 12, 12), vision=(1024 // width, 24))
     sizes = (hidden, 1024, 128, 64, 16, 1)
     layers = {}
     for index, (number, inputs, outputs) in enumerate(zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=True)):
@@ -96,13 +131,15 @@ def write_reward(folder: Path, *, width: int = 1, seed: int = 1) -> None:
 
 
 def main() -> None:
-    """Write ``DIR/pipeline`` and ``DIR/reward``."""
+    """Write ``DIR/pipeline``, ``DIR/reward``, ``DIR/pickscore`` and ``DIR/hpsv2``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path)
     parser.add_argument("--width", type=int, default=1, choices=(1, 2, 4, 8), help="divide all channels by this")
     args = parser.parse_args()
     write_pipeline(args.dir / "pipeline", width=args.width)
     write_reward(args.dir / "reward", width=args.width)
+    write_clip(args.dir / "pickscore", text=(1024 // args.width, 24, 16), vision=(1280 // args.width, 32))
+    write_hps(args.dir / "hpsv2", width=args.width)
 
 
 if __name__ == "__main__":

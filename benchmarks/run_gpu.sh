@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step] ...
+# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step|rewards] ...
 # Each part stays well under nine minutes and writes to $OUT (default benchmarks/results/<card>/).
 # SMALL=1 rehearses the same commands at small sizes on a machine without a GPU.
 set -euo pipefail
@@ -8,8 +8,8 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERE
 card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
 OUT=${OUT:-benchmarks/results/$card}
 WORK=${WORK:-$(mktemp -d)}
-width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16
-if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32; fi
+width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16 images=64 pixels=224 layers=0
+if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32 images=4 pixels=56 layers=1; fi
 mkdir -p "$OUT" "$WORK"
 launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
 
@@ -20,14 +20,15 @@ sd15() { # batch size
     "${launch[@]}" fastcraft/train.py --ds_config ds_configs/zero2.json --recipe textcraftor_sd15 \
         --model "$WORK/models/pipeline" --prompts fastcraft/shapes/prompts/train.txt --run-dir "$WORK/sd15-b$1" \
         --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
-        --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
+        --set rewards.1.options.clip_path="$WORK/models/reward" --set rewards.2.path="$WORK/models/pickscore" \
+        --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" \
         --set train.num_steps="$steps" --set train.batch_size="$1" --set train.dtype="$dtype" \
         --set train.checkpoint_every=0 --set evaluate.num_samples=1 --set evaluate.every=0
     cp "$WORK/sd15-b$1/metrics.jsonl" "$OUT/sd15_b$1_metrics.jsonl"
     cp "$WORK/sd15-b$1/environment.json" "$OUT/environment.json"
 }
 
-[ $# -gt 0 ] || set -- tests shapes sd15 step
+[ $# -gt 0 ] || set -- tests shapes sd15 step rewards
 for part in "$@"; do
     case $part in
         tests) python3 -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py ;;
@@ -40,9 +41,13 @@ for part in "$@"; do
             python3 -m benchmarks.step --recipe textcraftor_sd15 --rounds "$rounds" --out "$OUT/step_sd15.json" \
                 --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
-                --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
+                --set rewards.1.options.clip_path="$WORK/models/reward" --set rewards.2.path="$WORK/models/pickscore" \
+                --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" \
                 --set train.batch_size="${batches%% *}" --set train.dtype="$dtype" ;;
-        *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step" >&2; exit 2 ;;
+        rewards)
+            python3 -m benchmarks.rewards agreement --images "$images" --size "$pixels" --layers "$layers" --out "$OUT/rewards_agreement.json"
+            python3 -m benchmarks.rewards cost --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_cost.json" ;;
+        *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step rewards" >&2; exit 2 ;;
     esac
 done
 python3 - "$OUT" <<'PY'

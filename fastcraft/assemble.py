@@ -19,10 +19,12 @@ from fastcraft.evaluation.scores import Exam
 from fastcraft.memory.policies import POLICIES
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
-from fastcraft.recipe import Recipe
+from fastcraft.recipe import Recipe, RewardConfig
 from fastcraft.records import CheckpointPlan
 from fastcraft.registry import resolve
-from fastcraft.rewards import build_rewards
+from fastcraft.rewards import RewardSpec, build_rewards
+from fastcraft.rewards.clip_tower import Towers
+from fastcraft.rewards.mix import WeightedRewards
 from fastcraft.text.encoder import TextEncoder, split_encoders
 from fastcraft.text.prompt_encoder import PromptEncoder
 from fastcraft.text.tokenize import tokenize
@@ -40,6 +42,7 @@ class Parts:
     original: TextEncoder
     image_model: ImageModel
     rewards: Any
+    held_out: WeightedRewards | None
     prompts: Sequence[str]
     prompts_summary: str
     evaluation_prompts: list[str]
@@ -82,6 +85,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         lora_alpha=recipe.text.lora_alpha,
         gradient_checkpointing=recipe.text.gradient_checkpointing,
     )
+    towers = Towers(device=device, dtype=dtype, bundled=SHAPES / "weights" / "reward")
     sampler = sampler_class(
         components.schedule,
         num_inference_steps=recipe.sampler.num_inference_steps,
@@ -100,19 +104,18 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
             latent_shape=components.latent_shape,
             device=device,
         ),
-        rewards=build_rewards(
-            [(reward.name, reward.weight, reward.path, reward.options) for reward in recipe.rewards],
-            device=device,
-            dtype=dtype,
-            bundled=SHAPES / "weights" / "reward",
-            normalize=recipe.objective.normalize_rewards,
-        ),
+        rewards=build_rewards(_specs(recipe.rewards), towers=towers, normalize=recipe.objective.normalize_rewards),
+        held_out=build_rewards(_specs(recipe.held_out), towers=towers, require_grad=False) if recipe.held_out else None,
         prompts=source.prompts,
         prompts_summary=source.summary() + num_truncated,
         evaluation_prompts=_evaluation_prompts(recipe, source.prompts),
         exam=exam,
         make_plan=partial(policy.plan, decode_micro_batch=recipe.memory.decode_micro_batch),
     )
+
+
+def _specs(rewards: Sequence[RewardConfig]) -> list[RewardSpec]:
+    return [RewardSpec(entry.name, entry.weight, entry.path, entry.options, entry.label) for entry in rewards]
 
 
 def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tensor]) -> tuple[Any, PromptEncoder]:

@@ -26,7 +26,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), replaced: Mapp
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--set: expected SECTION.KEY=VALUE, got {item!r}")
-        _assign(tree, key.strip(), _parse_value(text.strip()))
+        _assign(tree, key.strip(), parse_value(text.strip()))
     for key, value in (replaced or {}).items():
         _assign(tree, key, value)
     return recipe_from_tree(tree)
@@ -56,7 +56,7 @@ def _read_toml(name_or_path: str) -> dict[str, Any]:
         raise UserError(f"--recipe: {name_or_path!r} is not TOML: {error}") from error
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A TOML value; text that is none is taken as a string, so quotes are optional on a command line."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

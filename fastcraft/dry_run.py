@@ -31,7 +31,8 @@ def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
         guided=model.guidance_scale != 1,
         recompute=plan.decode == RECOMPUTE,
     )
-    trainable, frozen = parameter_counts(parts.trained, parts.original, model.unet, model.vae, parts.rewards)
+    judges = torch.nn.ModuleList([judge for judge in (parts.rewards, parts.held_out) if judge is not None])
+    trainable, frozen = parameter_counts(parts.trained, parts.original, model.unet, model.vae, judges)
     phases = ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in flops.items())
     return "\n".join(
         [

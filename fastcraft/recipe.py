@@ -83,8 +83,9 @@ class ObjectiveConfig:
     """Reward above which the hinge loss is zero."""
     loss_scale: float = 1.0
     """Multiplies the loss (ReFL 1e-3, AlignProp 0.01)."""
-    normalize_rewards: Literal["none", "running_std"] = "none"
-    """running_std divides each reward by the running standard deviation of its scores before weighting."""
+    normalize_rewards: Literal["none", "running_std", "gradient_share"] = "none"
+    """running_std divides each reward by the running standard deviation of its scores before weighting; gradient_share
+    scales it so that its gradient at the picture has norm weight / sum of weights in every micro-batch."""
     anchor_weight: float = 0.0
     """Weight of mean squared distance between trained and original embeddings; 0 = off."""
 
@@ -99,6 +100,8 @@ class RewardConfig:
     """Weights of the reward: a file, folder or hub id; empty = the reward's own default; "shapes" = the bundled one."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the reward."""
+    label: str = ""
+    """What it is called in metrics; empty = its name. Needed where one name appears twice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +168,10 @@ class EvaluateConfig:
     """Pictures scored before the first and after the last step; 0 = the grid's."""
     trained_steps: int = 0
     """Last denoising steps conditioned by the trained encoder when sampling (TextCraftor: 15 of 25); 0 = all."""
+    held_out_action: Literal["alarm", "stop"] = "alarm"
+    """When a [[held_out]] reward falls while the trained total rises: say so, or end the run early, with its export."""
+    held_out_patience: int = 3
+    """Evaluations in a row for which that must hold; evaluations are evaluate.every steps apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +184,9 @@ class Recipe:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rewards: tuple[RewardConfig, ...] = ()
+    held_out: tuple[RewardConfig, ...] = ()
+    """Rewards that are not trained on: scored without gradient at every evaluation, to see when training goes too far.
+    Their weights mean nothing."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -195,7 +205,7 @@ _AT_LEAST: dict[str, float] = {
     "train.eps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0, "train.warmup_steps": 0,
     "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.max_bad_steps": 1,
     "evaluate.every": 0, "evaluate.num_samples": 1, "evaluate.batch_size": 1,
-    "evaluate.exam_num_samples": 0, "evaluate.trained_steps": 0,
+    "evaluate.exam_num_samples": 0, "evaluate.trained_steps": 0, "evaluate.held_out_patience": 1,
 }  # fmt: skip
 _POSITIVE = ("text.lora_alpha", "objective.loss_scale", "train.learning_rate")
 
@@ -250,9 +260,10 @@ def _check_recipe(recipe: Recipe) -> None:
             f"evaluate.trained_steps must be at most sampler.num_inference_steps ({sampler.num_inference_steps}), "
             f"got {recipe.evaluate.trained_steps}"
         )
-    names = [reward.name for reward in recipe.rewards]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"rewards: {name!r} is named twice")
+    for section, rewards in (("rewards", recipe.rewards), ("held_out", recipe.held_out)):
+        names = [reward.label or reward.name for reward in rewards]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{section}: {name!r} is named twice; give one of them a label")
     if recipe.rewards and all(reward.weight == 0 for reward in recipe.rewards):
         raise UserError("rewards: at least one weight must not be 0")

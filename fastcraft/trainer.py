@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from fastcraft.assemble import Parts, make_objective
-from fastcraft.data.order import PromptOrder, sample_seed
-from fastcraft.engine.agreement import agree, from_rank_zero, gather, mean_over_ranks, rank, world_size
+from fastcraft.data.order import PromptOrder
+from fastcraft.engine.agreement import agree, from_rank_zero, mean_over_ranks, rank, world_size
 from fastcraft.engine.checkpoint import Checkpoint, CheckpointError, restore_rng, rng_tensors, save_checkpoint
 from fastcraft.engine.interrupt import Interrupt, StopRequested
 from fastcraft.engine.zero2 import StepResult, Zero2Engine
 from fastcraft.evaluation.record import RunRecord, read_evaluations
-from fastcraft.evaluation.scores import evaluate_pictures
+from fastcraft.evaluator import Evaluator
 from fastcraft.recipe import Recipe
 from fastcraft.records import LossOutput
 
 _COUNTERS = ("samples_seen", "bad_steps", "skipped_steps", "failed_saves")  # kept in the checkpoint
-_SAMPLE_STREAM = 7  # noise stream of the sampled pictures: the same at every evaluation
 
 
 class TrainingFailed(RuntimeError):
@@ -58,7 +57,8 @@ class Trainer:
         self.interrupt = interrupt
         self.done = 0
         self.record = record
-        self.objective, self.text = make_objective(recipe, self.parts, engine)
+        self.objective, text = make_objective(recipe, self.parts, engine)
+        self.evaluator = Evaluator(recipe, self.parts, text=text, stop_together=self._stop_together, record=record)
         self.order = PromptOrder(parts.prompts, seed=recipe.train.seed)
         self.samples_seen = self.bad_steps = self.skipped_steps = 0
         self.saved = -1
@@ -76,17 +76,19 @@ class Trainer:
         recipe = self.recipe
         try:
             if self.done == 0:
-                self.evaluate(self.exam_size)
+                self.evaluator.evaluate(0, self.exam_size)
             elif self._evaluation_due() and not self._was_evaluated():
-                self.evaluate()
-            while self.done < recipe.train.num_steps:
+                self.evaluator.evaluate(self.done)
+            else:
+                self.evaluator.watch(self.done)  # a run that was ended stays ended
+            while self.done < recipe.train.num_steps and not self.evaluator.ended:
                 self.step()
                 if recipe.train.checkpoint_every and self.done % recipe.train.checkpoint_every == 0:
                     self.save()
                 if self._evaluation_due():
-                    self.evaluate()
+                    self.evaluator.evaluate(self.done)
             self.save(last=True)
-            self.evaluate(self.exam_size)
+            self.evaluator.evaluate(self.done, self.exam_size)
         except StopRequested:
             self.save(last=True)
             raise
@@ -154,63 +156,12 @@ class Trainer:
                 raise TrainingFailed(f"the last checkpoint could not be written: {error}") from error
             self.say(f"checkpoint of step {self.done} failed, training goes on: {error}")
 
-    @torch.no_grad()
-    def evaluate(self, num_samples: int = 0) -> None:
-        """Sample the fixed prompts, all ranks together; rank 0 scores the pictures and keeps the grid.
-
-        Args:
-            num_samples: pictures of the exam before and after the run; 0 = those of the grid, in between.
-        """
-        evaluate = self.recipe.evaluate
-        prompts = self.parts.evaluation_prompts[: num_samples or evaluate.num_samples]
-        pictures = self.sample(prompts)
-        if self.record is None or pictures is None:
-            return
-        scores = evaluate_pictures(
-            pictures.to(self.parts.image_model.device),
-            prompts,
-            rewards=self.parts.rewards,
-            exam=self.parts.exam,
-            micro_batch=evaluate.batch_size,
-        )
-        if not num_samples:  # other pictures than those before and after the run: another series
-            scores = {f"grid/{name}": value for name, value in scores.items()}
-        self.record.log_evaluation(self.done, scores)
-        shown = evaluate.num_samples
-        self.record.log_samples(self.done, pictures[:shown], prompts[:shown])
-
-    def sample(self, prompts: Sequence[str]) -> Tensor | None:
-        """Pictures ``(N, 3, H, W)`` on the CPU, shared out over the ranks; None except on rank 0."""
-        mine = list(range(rank(), len(prompts), world_size()))
-        size, chunks, stop = self.recipe.evaluate.batch_size, [], False
-        try:
-            for first in range(0, len(mine), size):
-                indices = mine[first : first + size]
-                chunks.append(self._sample_chunk(indices, [prompts[index] for index in indices]))
-        except StopRequested:
-            stop = True
-        self._stop_together(stop)
-        gathered = gather((mine, torch.cat(chunks) if chunks else []))
-        if gathered is None:
-            return None
-        pictures = {index: row for indices, rows in gathered for index, row in zip(indices, rows, strict=True)}
-        return torch.stack([pictures[index] for index in range(len(prompts))])
-
-    def _sample_chunk(self, indices: Sequence[int], prompts: Sequence[str]) -> Tensor:
-        trained_steps = self.recipe.evaluate.trained_steps
-        pictures = self.parts.image_model.sample(
-            self.text.trained(prompts),
-            seeds=[sample_seed(self.recipe.train.seed, index, _SAMPLE_STREAM) for index in indices],
-            prefix=self.text.original(prompts) if trained_steps else None,
-            trained_steps=trained_steps,
-            decode_micro_batch=self.recipe.memory.decode_micro_batch,
-        )
-        return pictures.cpu()
-
     def notes(self) -> list[str]:
         """What a reader of the report should know about the run."""
         rows = [(self.skipped_steps, "steps skipped: loss or gradient not finite"), (self.failed_saves, "saves failed")]
-        return [f"{count} {what}" for count, what in rows if count]
+        counts = {**self.parts.rewards.counts, **(self.parts.held_out.counts if self.parts.held_out else {})}
+        counted = [f"{name}: {n} pictures {what}" for name, part in counts.items() for what, n in part.items()]
+        return [*(f"{count} {what}" for count, what in rows if count), *self.evaluator.alarms, *counted]
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal, from rank 0."""

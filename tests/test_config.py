@@ -39,6 +39,17 @@ def test_textcraftor_has_the_papers_settings():
         "original",
         "trained",
     )
+    assert {reward.name: reward.weight for reward in recipe.rewards} == {
+        "clip": 50.0, "aesthetic": 3.0, "pickscore": 1.0, "hpsv2": 100.0
+    }  # fmt: skip
+    assert all(reward.options == {"resize": "area"} for reward in recipe.rewards)
+    assert recipe.rewards[0].path.endswith("CLIP-ViT-g-14-laion2B-s34B-b88K")
+
+
+def test_refl_has_the_papers_reward():
+    recipe = load_recipe("refl_sd15")
+    assert [(reward.name, reward.weight) for reward in recipe.rewards] == [("imagereward", 1.0)]
+    assert (recipe.objective.hinge_margin, recipe.objective.loss_scale) == (2.0, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +76,10 @@ def test_textcraftor_has_the_papers_settings():
         ("objective.early_stop_steps=2", "early_stop_steps needs objective.truncation = 'spaced', got 'last'"),
         ("evaluate.trained_steps=26", r"trained_steps must be at most sampler.num_inference_steps \(25\), got 26"),
         ("rewards.5.weight=1", "expected an index below 2, got '5'"),
-        ("rewards.1.name=clip", "rewards: 'clip' is named twice"),
+        ("rewards.1.name=clip", "rewards: 'clip' is named twice; give one of them a label"),
+        ("rewards.1.label=clip", "rewards: 'clip' is named twice"),
+        ("evaluate.held_out_patience=0", "held_out_patience must be at least 1, got 0"),
+        ("evaluate.held_out_action=warn", "held_out_action must be one of 'alarm', 'stop', got 'warn'"),
         ("train", "expected SECTION.KEY=VALUE, got 'train'"),
         ("seed=1", "expected SECTION.KEY=VALUE, got key 'seed'"),
         ("train.num_steps.x=1", "'num_steps' is a value, not a section"),
@@ -90,6 +104,7 @@ def test_unknown_recipe_suggests_the_nearest():
         (b"train = 3\n", "train: expected a table, got 3"),
         (b"[[rewards]]\nweight = 1\n", "rewards.0.name is required"),
         (b"[[rewards]]\nname = 'clip'\nweight = 0\n", "at least one weight must not be 0"),
+        (b"[[held_out]]\nname = 'a'\n[[held_out]]\nname = 'b'\nlabel = 'a'\n", "held_out: 'a' is named twice"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):

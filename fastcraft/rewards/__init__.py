@@ -1,15 +1,13 @@
 """Rewards: frozen judges of images, and their weighted mix."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastcraft.errors import UserError
 from fastcraft.registry import Registry
 
 if TYPE_CHECKING:
-    import torch
-
+    from fastcraft.rewards.clip_tower import Towers
     from fastcraft.rewards.mix import WeightedRewards
 
 REWARDS = Registry(
@@ -17,28 +15,48 @@ REWARDS = Registry(
     {
         "aesthetic": "fastcraft.rewards.aesthetic:AestheticReward",
         "brightness": "fastcraft.rewards.brightness:BrightnessReward",
+        "callable": "fastcraft.rewards.user_function:CallableReward",
         "clip": "fastcraft.rewards.clip_score:ClipReward",
+        "denscore": "fastcraft.rewards.denscore:DenscoreReward",
+        "face": "fastcraft.rewards.detection:FaceReward",
+        "hand": "fastcraft.rewards.detection:HandReward",
+        "hpsv2": "fastcraft.rewards.hpsv2:HPSv2Reward",
+        "hpsv2.1": "fastcraft.rewards.hpsv2:HPSv21Reward",
+        "imagereward": "fastcraft.rewards.imagereward:ImageRewardReward",
+        "jpeg_size": "fastcraft.rewards.jpeg_size:JpegSizeReward",
+        "pickscore": "fastcraft.rewards.pickscore:PickScoreReward",
     },
 )
 
 
+class RewardSpec(NamedTuple):
+    """One entry of a mix."""
+
+    name: str
+    """A name of `REWARDS` or ``"package.module:Class"``."""
+    weight: float = 1.0
+    """Its factor in the total."""
+    path: str = ""
+    """Weights; empty = the reward's default, ``"shapes"`` = the bundled ones."""
+    options: Mapping[str, Any] = {}
+    """The reward's own options."""
+    label: str = ""
+    """What it is called in metrics; empty = its name."""
+
+
 def build_rewards(
-    specs: Sequence[tuple[str, float, str, Mapping[str, Any]]],
+    specs: Sequence[RewardSpec],
     *,
-    device: "torch.device | str",
-    dtype: "torch.dtype",
-    bundled: Path | None,
-    normalize: Literal["none", "running_std"] = "none",
+    towers: "Towers",
+    normalize: Literal["none", "running_std", "gradient_share"] = "none",
     require_grad: bool = True,
 ) -> "WeightedRewards":
     """Load every reward of a recipe, sharing CLIP models between those that name the same one.
 
     Args:
-        specs: ``(name, weight, path, options)``: a name of `REWARDS` or ``"package.module:Class"``; the factor in the
-            total; weights (empty = the reward's default, ``"shapes"`` = the bundled ones); the reward's own options.
-        device: where the rewards run.
-        dtype: of the towers' weights and arithmetic; preprocessing, heads and scores are float32.
-        bundled: folder with a CLIPModel and ``aesthetic.safetensors``, for ``"shapes"``; None = there is none.
+        specs: what to build.
+        towers: CLIP models that are loaded already, the device and dtype of all others, and the bundled folder. Two
+            mixes built with the same `Towers` share their models.
         normalize: see `WeightedRewards`.
         require_grad: see `WeightedRewards`.
 
@@ -47,16 +65,14 @@ def build_rewards(
     """
     from fastcraft.rewards.base import Reward
     from fastcraft.rewards.checks import check_options
-    from fastcraft.rewards.clip_tower import Towers
     from fastcraft.rewards.mix import WeightedRewards
 
-    towers = Towers(device=device, dtype=dtype, bundled=bundled)
     mix = []
-    for name, weight, path, options in specs:
+    for name, weight, path, options, label in specs:
         reward_class = REWARDS.get(name)
         if not (isinstance(reward_class, type) and issubclass(reward_class, Reward)):
             raise UserError(f"rewards: {name!r} must be a subclass of fastcraft.rewards.base.Reward")
         check_options(reward_class, options, reward=name)
-        reward = reward_class.build(path, towers=towers, **options).to(device)
-        mix.append((reward_class.name if ":" in name else name, reward, weight))
+        reward = reward_class.build(path, towers=towers, **options).to(towers.device)
+        mix.append((label or (reward_class.name if ":" in name else name), reward, weight))
     return WeightedRewards(mix, normalize=normalize, require_grad=require_grad)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.clip_tower import Towers
+from fastcraft.rewards.tensor_files import ReleasedFile
 
 
 class Reward(nn.Module, ABC):
@@ -25,12 +26,14 @@ class Reward(nn.Module, ABC):
     """Key of its scores in metrics."""
     uses_prompt: ClassVar[bool]
     """Whether the score depends on the prompt."""
-    differentiable: ClassVar[bool] = True
+    differentiable: bool = True
     """Whether gradient reaches the images."""
     loads_weights: ClassVar[bool] = False
-    """Whether ``path`` means something to it; if so, ``path = "shapes"`` is the bundled one."""
+    """Whether ``path`` means something to it."""
     score_range: ClassVar[str]
     """Typical and possible values, for people."""
+    files: ClassVar[tuple[ReleasedFile, ...]] = ()
+    """The published files that it reads when ``path`` is empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class Reward(nn.Module, ABC):
             prompts: ``B`` strings, one per image.
 
         Returns:
-            ``(B,)`` float32; higher is better.
+            ``(B,)`` float32; higher is better. A judge that was put into float64 answers in float64.
         """
 
     @classmethod
@@ -66,6 +69,11 @@ class Reward(nn.Module, ABC):
     @property
     def settings(self) -> Mapping[str, Any]:
         """What a score must be quoted with to be comparable, as plain values; empty when there is nothing."""
+        return {}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What happened while scoring, by description; empty when there is nothing to tell."""
         return {}
 
     def freeze(self) -> Self:

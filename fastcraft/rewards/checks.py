@@ -18,6 +18,13 @@ def checked_number(reward: str, option: str, value: Any) -> float:
     return float(value)
 
 
+def checked_flag(reward: str, option: str, value: Any) -> bool:
+    """``value`` if it is true or false, or a `UserError` that names the option."""
+    if not isinstance(value, bool):
+        raise UserError(f"rewards: option {option} of {reward!r} must be true or false, got {value!r}")
+    return value
+
+
 def checked_resize(reward: str, value: Any) -> Any:
     """``value`` if it is a way to resize, or a `UserError`."""
     if value not in get_args(Resize):
@@ -46,12 +53,27 @@ def _options(reward_class: type[Reward]) -> dict[str, inspect.Parameter] | None:
     None = any.
     """
     build = inspect.signature(reward_class.build).parameters
-    own = inspect.signature(reward_class).parameters
     inherited = reward_class.build.__func__ is Reward.build.__func__  # type: ignore[attr-defined]
-    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in build.values())
-    if passes_on and any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
-        return None
     options = {name: p for name, p in build.items() if p.kind is p.KEYWORD_ONLY and name != "towers"}
-    if passes_on:
-        options |= {name: p for name, p in own.items() if inherited or p.kind is p.KEYWORD_ONLY}
+    if not _takes_any(build):
+        return options
+    swallows = False
+    for parent in reward_class.__mro__:
+        if parent is Reward:
+            return None if swallows else options
+        if "__init__" not in vars(parent):
+            continue
+        own = dict(list(inspect.signature(vars(parent)["__init__"]).parameters.items())[1:])
+        options |= {name: p for name, p in own.items() if p.kind is p.KEYWORD_ONLY or (inherited and _is_plain(p))}
+        swallows = _takes_any(own)
+        if not swallows:
+            return options
     return options
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _is_plain(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.POSITIONAL_OR_KEYWORD

@@ -1,67 +1,154 @@
 """Reads a CLIPModel and its tokenizer from disk or the hub, and refuses whatever would be half right."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastcraft.errors import UserError
+from fastcraft.rewards.open_clip import OPEN_CLIP_FILES, load_open_clip
+from fastcraft.rewards.tensor_files import ENDINGS, first_line, some
 
+OPENAI_CLIP_L = "openai/clip-vit-large-patch14"
+LAION_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 NUM_BYTE_SYMBOLS = 256
 """A byte-level vocabulary has at least these."""
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_PICKLE = "pytorch_model.bin"
+_LOAD_ERRORS = (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError)
 
 
-def load_clip(path: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_clip(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    tokenizer_path: str = "",
+    tokenizer: str = "",
+    activation: str = "gelu",
+    head_width: int = 0,
+) -> tuple[Any, Any]:
     """A transformers ``CLIPModel`` in ``dtype`` and its ``CLIPTokenizer``.
 
-    Only safetensors are read: a pickle can run code. Nothing is left at random: a weight that is missing, unknown or
-    of another shape is an error, and so is a tokenizer that does not fit the model.
+    Pickled weights are read without running what they hold. Nothing is left at random: a weight that is missing,
+    unknown or of another shape is an error, and so is a tokenizer that does not fit the model.
 
     Args:
-        path: a folder or a hub id.
+        path: a folder or a hub id of a ``CLIPModel``, or a file or folder of open_clip.
         dtype: of the weights.
+        tokenizer_path: a folder or hub id with the vocabulary; empty = where the weights are, if it is there.
+        tokenizer: hub id of the vocabulary otherwise; empty = OpenAI's for open_clip, whose files never bring one, and
+            none for a ``CLIPModel``, which must.
+        activation: see `load_open_clip`, which alone needs it.
+        head_width: see `load_open_clip`, which alone needs it.
 
     Raises:
-        UserError: no such folder or hub id, another kind of model, no safetensors, or any mismatch above.
+        UserError: no such folder or hub id, another kind of model, no weights, or any mismatch above.
     """
-    _check_path(path)
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPTokenizer
-
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            if not isinstance(config, CLIPConfig):
-                raise UserError(f"rewards: {path!r} must hold a CLIPModel, got model type {config.model_type!r}")
-            # With output_loading_info a pair comes back, which the annotation of from_pretrained does not say.
-            loaded: Any = CLIPModel.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            tokenizer = CLIPTokenizer.from_pretrained(path)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"rewards: cannot load a CLIPModel from {path!r}: {_first_line(error)}") from error
-    model, report = loaded
-    _check_keys(path, report)
-    _check_tokenizer(path, tokenizer, model.config)
-    return model, tokenizer
+    open_clip = _open_clip_file(path)
+    if open_clip:
+        model: Any = load_open_clip(open_clip, dtype=dtype, activation=activation, head_width=head_width)
+    else:
+        _check_folder(path)
+        model = _load_transformers(path, dtype)
+    fallback = tokenizer or (OPENAI_CLIP_L if open_clip else "")
+    vocabulary = _load_tokenizer(path, tokenizer_path or _own_tokenizer(path) or fallback)
+    _check_tokenizer(path, vocabulary, model.config)
+    return model, vocabulary
 
 
-def _check_path(path: str) -> None:
+def _open_clip_file(path: str) -> Path | None:
+    """The open_clip file at ``path``, unless it is a folder that transformers reads."""
+    place = Path(path).expanduser()
+    if path and place.is_file() and place.suffix in ENDINGS:
+        return place
+    if path and place.is_dir() and not (place / "config.json").is_file():
+        return next((place / name for name in OPEN_CLIP_FILES if (place / name).is_file()), None)
+    return None
+
+
+def _check_folder(path: str) -> None:
     """Local folders are checked by name, before transformers takes a mistyped one for a hub id."""
     folder = Path(path)
     if path and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"rewards: {path!r} is no model folder: it has no config.json")
-        if not any(folder.glob("model*.safetensors*")):
-            raise UserError(f"rewards: {path!r} has no model.safetensors (pickled weights are not read)")
-        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-            raise UserError(f"rewards: {path!r} has no tokenizer: neither tokenizer.json nor vocab.json")
+        if not any(folder.glob("model*.safetensors*")) and not (folder / _PICKLE).is_file():
+            raise UserError(f"rewards: {path!r} has no weights: neither model.safetensors nor {_PICKLE}")
     elif not path or path.startswith(("/", ".", "~")) or path.count("/") > 1 or folder.exists():
         raise UserError(f"rewards: path must be a folder with a CLIPModel or a hub id, got {path!r}")
+
+
+def _own_tokenizer(path: str) -> str:
+    """The folder of the weights if the vocabulary lies there, or empty."""
+    place = Path(path).expanduser()
+    folder = place.parent if place.is_file() else place
+    return str(folder) if any((folder / name).is_file() for name in _TOKENIZER_FILES) else ""
+
+
+def _load_transformers(path: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, CLIPConfig, CLIPModel
+
+    class ExactScaleClip(CLIPModel):
+        """The logit scale stays in float32: in bfloat16 it is off by one percent."""
+
+        _keep_in_fp32_modules_strict = ["logit_scale"]  # noqa: RUF012
+
+    folder = Path(path)
+    # A local folder says which it has; for a hub id, the second is asked for when the first is not there.
+    kinds = [any(folder.glob("model*.safetensors*"))] if folder.is_dir() else [True, False]
+    for safe in kinds:
+        try:
+            with _quiet():
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                if not isinstance(config, CLIPConfig):
+                    raise UserError(f"rewards: {path!r} must hold a CLIPModel, got model type {config.model_type!r}")
+                # With output_loading_info a pair comes back, which the annotation of from_pretrained does not say.
+                loaded: Any = ExactScaleClip.from_pretrained(
+                    path, dtype=dtype, use_safetensors=safe, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+        except UserError:
+            raise
+        except _LOAD_ERRORS as error:
+            if safe and len(kinds) > 1 and isinstance(error, OSError):
+                continue
+            raise UserError(f"rewards: cannot load a CLIPModel from {path!r}: {_reason(path, error)}") from error
+        break
+    model, report = loaded
+    _check_keys(path, report)
+    return model
+
+
+def _reason(path: str, error: Exception) -> str:
+    """The error's first line; for a hub id also where a copy was looked for."""
+    if Path(path).exists():
+        return first_line(error)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return f"neither in the hub cache ({HF_HUB_CACHE}) nor to be had: {first_line(error)}"
+
+
+def _load_tokenizer(path: str, place: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    if not place:
+        if Path(path).is_dir():
+            raise UserError(f"rewards: {path!r} has no tokenizer: neither tokenizer.json nor vocab.json")
+        place = path
+    try:
+        with _quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(place)
+        if len(tokenizer) <= NUM_BYTE_SYMBOLS:  # without its files, transformers makes an empty one
+            raise ValueError(f"only {len(tokenizer)} entries")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"rewards: {path!r} needs CLIP's vocabulary, and it cannot be loaded from {place!r} "
+            f"({_reason(place, error)}); give tokenizer_path"
+        ) from error
+    return tokenizer
 
 
 def _check_keys(path: str, report: dict[str, Any]) -> None:
@@ -75,14 +162,12 @@ def _check_keys(path: str, report: dict[str, Any]) -> None:
         if keys:
             raise UserError(f"rewards: {path!r} {rule}: {some(keys)}")
     if report["error_msgs"]:
-        raise UserError(f"rewards: cannot load a CLIPModel from {path!r}: {_first_line(report['error_msgs'][0])}")
+        raise UserError(f"rewards: cannot load a CLIPModel from {path!r}: {first_line(report['error_msgs'][0])}")
 
 
 def _check_tokenizer(path: str, tokenizer: Any, config: Any) -> None:
     """Raise unless ids fit the embedding table and the end mark is the one at which the model pools."""
     text, largest = config.text_config, max(tokenizer.get_vocab().values())
-    if len(tokenizer) <= NUM_BYTE_SYMBOLS:
-        raise UserError(f"rewards: the tokenizer of {path!r} has only {len(tokenizer)} entries")
     if largest >= text.vocab_size:
         raise UserError(f"rewards: the tokenizer of {path!r} has id {largest}, its model only {text.vocab_size} ids")
     # Configs that say 2 are the old OpenAI ones: there the model pools at the largest id.
@@ -91,17 +176,6 @@ def _check_tokenizer(path: str, tokenizer: Any, config: Any) -> None:
         raise UserError(
             f"rewards: {path!r} pools at token {pooled}, but its tokenizer ends a text with {tokenizer.eos_token_id}"
         )
-
-
-def some(keys: Any, *, limit: int = 3) -> str:
-    """The first few of ``keys`` for a one-line message."""
-    names = sorted(map(str, keys))
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -4,23 +4,21 @@ Shape letters: B images, D width of the joint embedding.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.clip_files import load_clip
-from fastcraft.rewards.preprocess import Resize, resize_normalize
+from fastcraft.rewards.preprocess import Resize
+from fastcraft.rewards.tower import ImageCache, Tower, raised
 
-OPENAI_CLIP_L = "openai/clip-vit-large-patch14"
 
-
-class ClipTower(nn.Module):
+class ClipTower(Tower):
     """Both halves of a CLIP model, frozen, with their features L2-normalised.
 
     Args:
@@ -28,30 +26,28 @@ class ClipTower(nn.Module):
         tokenizer: its ``CLIPTokenizer``.
         source: where it came from, for records and messages.
         max_cached_prompts: text features kept, newest use first (3 KB each at D = 768).
+        pixels: see `Tower`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, source: str, max_cached_prompts: int = 4096) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        source: str,
+        max_cached_prompts: int = 4096,
+        pixels: ImageCache | None = None,
+    ) -> None:
+        super().__init__(source=source, pixels=pixels)
         if max_cached_prompts < 1:
             raise UserError(f"ClipTower: max_cached_prompts must be at least 1, got {max_cached_prompts}")
         self.model = model
         self.tokenizer = tokenizer
-        self.source = source
         self.max_cached_prompts = max_cached_prompts
+        # A plain number: rounded to bfloat16 it would be off by one percent.
+        self.logit_scale = model.logit_scale.detach().float().exp().item()
         self._text: OrderedDict[tuple[str, torch.device, torch.dtype], Tensor] = OrderedDict()
-        self._images: dict[tuple[Resize, bool], tuple[Tensor, Tensor]] | None = None
-        self.requires_grad_(False)
-        self.eval()
-
-    @classmethod
-    def load(cls, path: str, *, device: torch.device | str, dtype: torch.dtype) -> Self:
-        """Read a folder or hub id; see `load_clip` for what is refused."""
-        model, tokenizer = load_clip(path, dtype=dtype)
-        return cls(model, tokenizer, source=path).to(device)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode whatever is asked."""
-        return super().train(False)
+        self.freeze()
 
     @property
     def width(self) -> int:
@@ -63,42 +59,32 @@ class ClipTower(nn.Module):
         """Dtype of the weights and of the arithmetic between preprocessing and normalisation."""
         return self.model.visual_projection.weight.dtype
 
-    @contextmanager
-    def shared_images(self) -> Iterator[None]:
-        """Inside, the same ``images`` tensor goes through the vision half once; nothing is kept afterwards."""
-        self._images = {}
-        try:
-            yield
-        finally:
-            self._images = None
+    @property
+    def max_tokens(self) -> int:
+        """Of a text, with the marks of its beginning and end; what is beyond is cut off."""
+        return self.model.config.text_config.max_position_embeddings
 
-    def image_features(self, images: Tensor, *, resize: Resize = "bicubic") -> Tensor:
+    def num_tokens(self, text: str) -> int:
+        """With both marks, before anything is cut off."""
+        return len(self.tokenizer(text, verbose=False).input_ids)
+
+    def image_features(self, images: Tensor, *, resize: Resize = "bicubic", clamp: bool = False) -> Tensor:
         """Projected image embeddings.
 
         Args:
             images: ``(B, 3, H, W)`` float, in ``[0, 1]``.
             resize: see `resize_normalize`.
+            clamp: straight-through clamp after the resize.
 
         Returns:
             ``(B, D)`` float32, unit rows; carries gradient to ``images``.
         """
-        if self._images is None:
-            return self._encode_images(images, resize)
-        # A result with gradient serves a call without, never the other way round.
-        for with_grad in {torch.is_grad_enabled(), True}:
-            known, features = self._images.get((resize, with_grad), (None, None))
-            if known is images and features is not None:
-                return features
-        features = self._encode_images(images, resize)
-        self._images[resize, torch.is_grad_enabled()] = (images, features)
-        return features
+        return self.features.get(images, (resize, clamp), lambda: self._encode_images(images, resize, clamp))
 
-    def _encode_images(self, images: Tensor, resize: Resize) -> Tensor:
-        size = self.model.config.vision_config.image_size
-        # The default mean and std are those of every published CLIPModel.
-        pixels = resize_normalize(images, size, resize=resize)
+    def _encode_images(self, images: Tensor, resize: Resize, clamp: bool) -> Tensor:
+        pixels = self.preprocessed(images, self.model.config.vision_config.image_size, resize=resize, clamp=clamp)
         output = self.model.get_image_features(pixel_values=pixels.to(self.dtype))
-        return functional.normalize(_tensor(output).float(), dim=-1)
+        return functional.normalize(raised(_tensor(output)), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Projected text embeddings, without gradient; tokens beyond the model's length are cut off.
@@ -123,13 +109,12 @@ class ClipTower(nn.Module):
 
     def _encode_text(self, prompt: str, device: torch.device) -> Tensor:
         with torch.no_grad():
-            length = self.model.config.text_config.max_position_embeddings
             tokens = self.tokenizer(
-                [prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                [prompt], padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
             ).to(device)
             # No attention mask: attention is causal and the features are read at the end mark, before any padding.
             output = self.model.get_text_features(input_ids=tokens.input_ids)
-            return functional.normalize(_tensor(output).float(), dim=-1)[0]
+            return functional.normalize(raised(_tensor(output)), dim=-1)[0]
 
 
 def _tensor(output: Any) -> Tensor:
@@ -150,7 +135,8 @@ class Towers:
         self.device = torch.device(device)
         self.dtype = dtype
         self.bundled = bundled
-        self._loaded: dict[str, ClipTower] = {}
+        self.pixels = ImageCache()
+        self._loaded: dict[tuple[str, str, str, int], ClipTower] = {}
 
     def resolve(self, path: str) -> str:
         """``path`` with ``"shapes"`` replaced by the bundled folder.
@@ -166,10 +152,36 @@ class Towers:
             )
         return str(self.bundled)
 
-    def clip(self, path: str) -> ClipTower:
-        """The CLIP model at ``path``: a folder, a hub id, or ``"shapes"``."""
+    def clip(
+        self,
+        path: str,
+        *,
+        tokenizer_path: str = "",
+        tokenizer: str = "",
+        activation: str = "gelu",
+        head_width: int = 0,
+    ) -> ClipTower:
+        """The CLIP model at ``path``.
+
+        Args:
+            path: a folder, a hub id, ``"shapes"``, or a file or folder of open_clip.
+            tokenizer_path: see `load_clip`.
+            tokenizer: see `load_clip`.
+            activation: see `load_open_clip`.
+            head_width: see `load_open_clip`.
+        """
         path = self.resolve(path)
-        key = str(Path(path).resolve()) if Path(path).is_dir() else path
+        place = str(Path(path).resolve()) if Path(path).exists() else path
+        key = (place, tokenizer_path, activation, head_width)
         if key not in self._loaded:
-            self._loaded[key] = ClipTower.load(path, device=self.device, dtype=self.dtype)
+            model, vocabulary = load_clip(
+                path,
+                dtype=self.dtype,
+                tokenizer_path=tokenizer_path,
+                tokenizer=tokenizer,
+                activation=activation,
+                head_width=head_width,
+            )
+            tower = ClipTower(model, vocabulary, source=path, pixels=self.pixels)
+            self._loaded[key] = tower.to(self.device)
         return self._loaded[key]

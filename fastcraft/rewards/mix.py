@@ -12,25 +12,29 @@ from torch import Tensor, nn
 
 from fastcraft.errors import UserError
 from fastcraft.records import RewardOutput
+from fastcraft.rewards.balance import balance
 from fastcraft.rewards.base import Reward
 from fastcraft.rewards.checks import checked_number
-from fastcraft.rewards.clip_tower import ClipTower
 from fastcraft.rewards.statistics import RunningStatistics
+from fastcraft.rewards.tower import Tower
 
-Normalize = Literal["none", "running_std"]
+Normalize = Literal["none", "running_std", "gradient_share"]
 
 
 class WeightedRewards(nn.Module):
     """``sum_i weight_i * reward_i(images, prompts) / std_i``.
 
-    Rewards that share a `ClipTower` share its image features. A reward with weight 0 is scored without gradient, to
-    be watched only.
+    Rewards that share a `Tower` share its image features, and those whose towers have one size share the preprocessed
+    images. A reward with weight 0 is scored without gradient, to be watched only.
 
     Args:
         rewards: ``(name, reward, weight)``; a negative weight drives a score down.
         normalize: ``"none"``: ``std_i`` is 1, as in TextCraftor; ``"running_std"``: the standard deviation of all
             scores of the run so far, of all ranks up to the last `synchronize` and of this rank since, this batch
             included, at least ``std_floor`` (1 while there is only one score). No gradient flows through it.
+            ``"gradient_share"``: ``std_i`` is such that each reward's gradient at the images has the stated share of
+            their norms' sum, ``|weight_i| / sum_j |weight_j|``, in every micro-batch; see `balance`. Where there is no
+            gradient, in evaluation, it is 1.
         require_grad: the mix will be back-propagated: refuse what cannot be.
         std_floor: smallest divisor, in units of the reward.
 
@@ -38,7 +42,7 @@ class WeightedRewards(nn.Module):
         UserError: no rewards, a name twice, a weight that is no finite number, all weights 0 or a non-zero weight on a
             reward without gradient while ``require_grad``.
 
-    Source: TextCraftor, arXiv:2403.18978, equation 7; the normalisation is ours.
+    Source: TextCraftor, arXiv:2403.18978, equation 7; the normalisations are ours.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class WeightedRewards(nn.Module):
         self.normalize = normalize
         self.statistics = RunningStatistics(self.names, floor=std_floor) if normalize == "running_std" else None
         self._check(require_grad)
-        self._towers = [module for module in self.modules() if isinstance(module, ClipTower)]
+        self._towers = [module for module in self.modules() if isinstance(module, Tower)]
 
     def _check(self, require_grad: bool) -> None:
         if not self.names:
@@ -65,7 +69,8 @@ class WeightedRewards(nn.Module):
             if self.names.count(name) > 1:
                 raise UserError(f"rewards: {name!r} is named twice")
         if self.normalize not in get_args(Normalize):
-            raise UserError(f"rewards: normalize must be 'none' or 'running_std', got {self.normalize!r}")
+            known = ", ".join(map(repr, get_args(Normalize)))
+            raise UserError(f"rewards: normalize must be one of {known}, got {self.normalize!r}")
         if not require_grad:
             return
         for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True):
@@ -91,18 +96,29 @@ class WeightedRewards(nn.Module):
         """
         if len(prompts) != images.shape[0]:
             raise ValueError(f"WeightedRewards: {images.shape[0]} images but {len(prompts)} prompts")
-        scores = self._scores(images, prompts)
+        with_grad = images.requires_grad and torch.is_grad_enabled()
+        balanced = self.normalize == "gradient_share" and with_grad
+        source = images.detach().requires_grad_() if balanced else images
+        scores = self._scores(source, prompts)
         raw = torch.stack([score.detach() for score in scores])  # (R, B)
-        if update_statistics is None:
-            update_statistics = images.requires_grad and torch.is_grad_enabled()
-        if self.statistics is not None and update_statistics:
+        if self.statistics is not None and (with_grad if update_statistics is None else update_statistics):
             self.statistics.update(raw)
-        total = torch.zeros(images.shape[0], dtype=torch.float32, device=images.device)
-        divisors = None if self.statistics is None else self.statistics.std(images.device).float()  # (R,)
+        if balanced:
+            trained = [i for i in range(len(scores)) if self._wants_grad(i)]
+            weights = [self.weights[i] for i in trained]
+            total = balance(images, source, [scores[i] for i in trained], weights)
+        else:
+            total = self._weighted(scores, images.device)
+        return RewardOutput(total=total, parts=dict(zip(self.names, raw, strict=True)))
+
+    def _weighted(self, scores: Sequence[Tensor], device: torch.device) -> Tensor:
+        """``(B,)``: the sum over rewards, each divided by its running standard deviation if so wished."""
+        total = torch.zeros(scores[0].shape[0], dtype=torch.float32, device=device)
+        divisors = None if self.statistics is None else self.statistics.std(device).float()  # (R,)
         for i, (score, weight) in enumerate(zip(scores, self.weights, strict=True)):
             if weight != 0:
                 total = total + weight * (score if divisors is None else score / divisors[i])
-        return RewardOutput(total=total, parts=dict(zip(self.names, raw, strict=True)))
+        return total
 
     def synchronize(self) -> None:
         """Share the running statistics with the other ranks; collective, once per step on every rank."""
@@ -138,6 +154,15 @@ class WeightedRewards(nn.Module):
         return {
             name: {"weight": weight, **reward.settings}  # type: ignore[dict-item]
             for name, reward, weight in zip(self.names, self.rewards, self.weights, strict=True)
+        }
+
+    @property
+    def counts(self) -> dict[str, Mapping[str, int]]:
+        """By name, what the rewards that count anything have counted since they were made."""
+        return {
+            name: reward.counts  # type: ignore[misc]
+            for name, reward in zip(self.names, self.rewards, strict=True)
+            if reward.counts
         }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -4,7 +4,7 @@ Shape letters: B images, H and W pixels.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +62,12 @@ def resize_normalize(
 def clamp_straight_through(images: Tensor) -> Tensor:
     """``images`` clamped to ``[0, 1]``; the gradient is that of the identity, so pixels outside still learn."""
     return images + (images.detach().clamp(0.0, 1.0) - images.detach())
+
+
+def to_bytes(images: Tensor) -> Any:
+    """``(B, 3, H, W)`` in ``[0, 1]`` as numpy ``(B, H, W, 3)`` uint8, what files hold and detectors read."""
+    rounded = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _resized(images: Tensor, target: tuple[int, int], resize: Resize) -> Tensor:

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastcraft.errors import UserError
-from fastcraft.rewards.aesthetic import RELEASED_HEAD, AestheticReward, collapse, load_head, released_head
+from fastcraft.rewards.aesthetic import RELEASED_HEAD, AestheticReward, load_head
+from fastcraft.rewards.affine_head import collapse
 from fastcraft.rewards.clip_tower import Towers
 
 RELEASED = (768, 1024, 128, 64, 16, 1)
@@ -86,16 +87,19 @@ def hub(tmp_path, monkeypatch):
 
 def test_no_path_means_the_released_head_by_its_hash(hub, bundled):
     towers = Towers(device="cpu", dtype=torch.float32, bundled=bundled)
-    with pytest.raises(UserError, match=r"its released head could not be had from https://.*\(no route to host\)"):
+    with pytest.raises(
+        UserError,
+        match=r"needs sac\+logos.*: not in .*, and not to be had from https://.* \(no route",
+    ):
         AestheticReward.build("", towers=towers)
     assert [sha256 for _, sha256 in hub] == ["21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"]
 
 
 def test_another_file_under_the_released_name_is_refused(hub, tmp_path, make_head):
     (tmp_path / "checkpoints").mkdir()
-    torch.save(make_head(RELEASED), tmp_path / "checkpoints" / RELEASED_HEAD)
-    with pytest.raises(UserError, match=r"is not the released aesthetic head \(wrong SHA-256\); delete it"):
-        released_head()
+    torch.save(make_head(RELEASED), tmp_path / "checkpoints" / RELEASED_HEAD.name)
+    with pytest.raises(UserError, match=r"is not the released file of 'aesthetic' \(wrong SHA-256\); delete it"):
+        load_head("")
     assert hub == [], "what is there is not fetched again"
 
 
@@ -160,11 +164,11 @@ def test_a_head_of_another_width_is_refused(bundled, tmp_path, make_head):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.pth", None, "must be a head file or a folder with aesthetic.safetensors"),
-        ("head.ckpt", b"x", "must end in .pth, .pt or .safetensors"),
-        ("head.safetensors", b"x", "cannot read aesthetic path"),
-        ("head.pth", b"", "cannot read aesthetic path"),
-        ("head.pt", b"no pickle", "aesthetic path"),
+        ("missing.pth", None, "must be a file, a folder with sac+logos+ava1-l14-linearMSE.pth or a hub id"),
+        ("head.ckpt", b"x", "must end in .pth, .pt, .bin, .safetensors"),
+        ("head.safetensors", b"x", "'aesthetic' cannot read"),
+        ("head.pth", b"", "'aesthetic' cannot read"),
+        ("head.pt", b"no pickle", "of 'aesthetic' holds more than tensors"),
     ],
 )
 def test_bad_files_are_one_line(name, content, message, tmp_path):

@@ -14,7 +14,7 @@ from fastcraft.rewards.clip_tower import ClipTower, Towers
 
 @pytest.fixture
 def tower(bundled):
-    return ClipTower.load(str(bundled), device="cpu", dtype=torch.float32)
+    return load(bundled)
 
 
 def count_calls(module):
@@ -55,7 +55,7 @@ def test_text_is_encoded_once_per_prompt(tower):
 
 
 def test_text_cache_forgets_the_least_recent(bundled):
-    loaded = ClipTower.load(str(bundled), device="cpu", dtype=torch.float32)
+    loaded = load(bundled)
     tower = ClipTower(loaded.model, loaded.tokenizer, source="", max_cached_prompts=2)
     calls = count_calls(tower.model.text_model)
     assert tower.text_features(["a", "b", "c", "d"]).shape == (4, 24), "more prompts than the cache holds"
@@ -117,8 +117,8 @@ def test_long_prompts_are_cut(tower):
     assert torch.isfinite(tower.text_features(["word " * 500])).all()
 
 
-def load(folder):
-    return ClipTower.load(str(folder), device="cpu", dtype=torch.float32)
+def load(folder, **options):
+    return Towers(device="cpu", dtype=torch.float32).clip(str(folder), **options)
 
 
 def edit_weights(folder, edit):
@@ -152,9 +152,13 @@ DAMAGES = {
         ),
         "whose shape differs from its config: text_projection.weight",
     ),
-    "pickle only": (
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "has no weights: neither model.safetensors nor pytorch_model.bin",
+    ),
+    "no pickle": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        "has no model.safetensors (pickled weights are not read)",
+        "cannot load a CLIPModel from",
     ),
     "cut short": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"),

@@ -5,23 +5,22 @@ import torch
 
 from fastcraft.errors import UserError
 from fastcraft.registry import Registry
-from fastcraft.rewards import REWARDS, build_rewards
+from fastcraft.rewards import REWARDS, RewardSpec, build_rewards
 from fastcraft.rewards.base import Reward
+from fastcraft.rewards.clip_tower import Towers
 
 PROMPTS = ["a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")
 def towers(bundled):
-    from fastcraft.rewards.clip_tower import Towers
-
     return Towers(device="cpu", dtype=torch.float32, bundled=bundled)
 
 
 @pytest.fixture(params=REWARDS.names())
-def reward(request, towers):
-    reward_class = REWARDS.get(request.param)
-    return reward_class.build("shapes" if reward_class.loads_weights else "", towers=towers)
+def reward(request, towers, standins, mediapipe):
+    path, options = standins[request.param]
+    return REWARDS.get(request.param).build(path, towers=towers, **options)
 
 
 def test_scores_each_image_by_itself(reward):
@@ -96,7 +95,8 @@ class ThresholdReward(Reward):
 
 
 def build(specs, *, bundled=None):
-    return build_rewards(specs, device="cpu", dtype=torch.float32, bundled=bundled)
+    towers = Towers(device="cpu", dtype=torch.float32, bundled=bundled)
+    return build_rewards([RewardSpec(*spec) for spec in specs], towers=towers)
 
 
 def test_a_users_class_needs_no_change_here(monkeypatch):
@@ -120,7 +120,10 @@ def test_a_users_class_needs_no_change_here(monkeypatch):
         (("clip", 1.0, "shapes", {"resize": "nearest"}), "resize of 'clip' must be 'bicubic' or 'area', got 'nearest'"),
         (("clip", float("nan"), "shapes", {}), "option weight of 'clip' must be a finite number, got nan"),
         (("clip", 0.0, "shapes", {}), "at least one weight must not be 0"),
-        (("aesthetic", 1.0, "shapes", {"clip": "x"}), "'aesthetic' has no option 'clip'; did you mean 'clip_path'"),
+        (
+            ("aesthetic", 1.0, "shapes", {"clip_pth": "x"}),
+            "no option 'clip_pth'; did you mean 'clip_path'",
+        ),
         (("pathlib:Path", 1.0, "", {}), "'pathlib:Path' must be a subclass of fastcraft.rewards.base.Reward"),
     ],
 )

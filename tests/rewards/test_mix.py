@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fastcraft.errors import UserError
-from fastcraft.rewards import build_rewards
+from fastcraft.rewards import RewardSpec, build_rewards
 from fastcraft.rewards.base import Reward
 from fastcraft.rewards.brightness import BrightnessReward
+from fastcraft.rewards.clip_tower import Towers
 from fastcraft.rewards.mix import WeightedRewards
 
 PROMPTS = ["a red cube", "a blue ball", "two stars"]
@@ -46,6 +47,11 @@ def pictures(seed=0, *, num=3):
     return (levels * torch.rand(num, 3, 32, 32, generator=generator)).requires_grad_()
 
 
+def built(specs, bundled, **options):
+    towers = options.pop("towers", None) or Towers(device="cpu", dtype=torch.float32, bundled=bundled)
+    return build_rewards([RewardSpec(*spec) for spec in specs], towers=towers, **options)
+
+
 def mix_of(**options):
     return WeightedRewards([("brightness", BrightnessReward(), 2.0), ("red", RedReward(), -0.5)], **options)
 
@@ -67,7 +73,7 @@ def test_total_is_the_weighted_sum():
 def test_shared_tower_runs_once_and_gives_the_same_as_apart(bundled):
     def build(*names):
         specs = [(name, weight, "shapes", {}) for name, weight in (("clip", 3.0), ("aesthetic", 0.5)) if name in names]
-        return build_rewards(specs, device="cpu", dtype=torch.float32, bundled=bundled)
+        return built(specs, bundled)
 
     both = build("clip", "aesthetic")
     calls = []
@@ -80,14 +86,16 @@ def test_shared_tower_runs_once_and_gives_the_same_as_apart(bundled):
     (got,) = torch.autograd.grad(output.total.sum(), images)
     (expected,) = torch.autograd.grad(total.sum(), images)
     torch.testing.assert_close(got, expected)
-    assert both.rewards[0].tower._images is None, "no graph is kept between steps"
+    tower = both.rewards[0].tower
+    assert not tower.features._kept, "no graph is kept between steps"
+    assert not tower.pixels._kept
     both(images, PROMPTS)
     assert len(calls) == 2
 
 
 def test_a_watched_reward_costs_no_gradient_and_no_second_pass(bundled):
     specs = [("clip", 0.0, "shapes", {}), ("aesthetic", 1.0, "shapes", {})]
-    mix = build_rewards(specs, device="cpu", dtype=torch.float32, bundled=bundled)
+    mix = built(specs, bundled)
     calls = []
     mix.rewards[0].tower.model.vision_model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     images = pictures()
@@ -271,7 +279,11 @@ def test_a_reward_without_gradient_may_only_be_watched():
         ([("a", RedReward(), 1.0), ("a", RedReward(), 1.0)], {}, "'a' is named twice"),
         ([("a", RedReward(), 0.0)], {}, "at least one weight must not be 0"),
         ([("a", RedReward(), float("inf"))], {}, "weight of 'a' must be a finite number, got inf"),
-        ([("a", RedReward(), 1.0)], {"normalize": "std"}, "normalize must be 'none' or 'running_std', got 'std'"),
+        (
+            [("a", RedReward(), 1.0)],
+            {"normalize": "std"},
+            "one of 'none', 'running_std', 'gradient_share', got 'std'",
+        ),
     ],
 )
 def test_mistakes_are_refused(rewards, options, message):
@@ -306,13 +318,14 @@ def test_every_image_needs_its_prompt():
 
 def test_records_what_a_score_must_be_quoted_with(bundled):
     specs = [("clip", 3.0, "shapes", {"scale": 100}), ("brightness", 1.0, "", {})]
-    mix = build_rewards(specs, device="cpu", dtype=torch.float32, bundled=bundled)
+    mix = built(specs, bundled)
     assert mix.settings["clip"] == {
         "weight": 3.0,
         "backbone": str(bundled),
         "prefix": "",
         "scale": 100.0,
         "resize": "bicubic",
+        "clamp": False,
     }
     assert mix.settings["brightness"] == {"weight": 1.0}
 

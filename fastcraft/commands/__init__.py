@@ -1,0 +1,1 @@
+"""What ``fastcraft`` can do: one file for each subcommand, and one for each topic of ``fastcraft info``."""

@@ -1,0 +1,36 @@
+"""``fastcraft info --rewards``: every reward, what it gives, and where its files are looked for."""
+
+import argparse
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flag."""
+    parser.add_argument("--rewards", action="store_true", help="every reward, its range, its files and where they are")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; nothing is loaded or downloaded."""
+    from fastcraft.rewards import REWARDS
+
+    rows = [("reward", "gradient", "reads prompt", "range")]
+    classes = {name: REWARDS.get(name) for name in REWARDS.names()}
+    for name, reward in classes.items():
+        rows.append((name, _gradient(name, reward), "yes" if reward.uses_prompt else "no", reward.score_range))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
+    print("\nFiles, when path is empty; path takes a local file or folder, or a hub id:")
+    for name, reward in classes.items():
+        for released in reward.files:
+            found = released.cached()
+            state = f"found: {found}" if found else f"not in {released.cache_folder()}"
+            print(f"  {name:<12} {released.name} from {released.origin}\n  {'':<12} {state}")
+    return 0
+
+
+def _gradient(name: str, reward: Any) -> str:
+    """Whether it has one; a user's function says so itself."""
+    if name == "callable":
+        return "if stated"
+    return "yes" if reward.differentiable else "no"

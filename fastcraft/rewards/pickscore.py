@@ -1,0 +1,52 @@
+"""PickScore: the scaled cosine of a CLIP-H model trained on people's choices."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from torch import Tensor
+
+from fastcraft.rewards.clip_files import LAION_CLIP_H
+from fastcraft.rewards.clip_tower import ClipTower, Towers
+from fastcraft.rewards.tensor_files import ReleasedFile
+from fastcraft.rewards.tower_reward import TowerReward
+
+REPO = "yuvalkirstain/PickScore_v1"
+
+
+class PickScoreReward(TowerReward):
+    """``exp(logit_scale) * cos(image, prompt)`` of matched pairs only, never the mean of the B x B matrix.
+
+    The released TextCraftor averages over the whole matrix, so its numbers (about 18.8 for Stable Diffusion 1.5) cannot
+    be compared with these (about 21).
+
+    Args:
+        tower: the CLIP model.
+        options: see `TowerReward`.
+
+    Source: Kirstain et al. 2023, arXiv:2305.01569, section 3.
+    """
+
+    name = "pickscore"
+    uses_prompt = True
+    score_range = "[-100, 100]; Stable Diffusion 1.5 gives about 21"
+    files = (
+        ReleasedFile(name="model.safetensors", repo=REPO),
+        ReleasedFile(name="tokenizer.json", repo=LAION_CLIP_H),
+    )
+
+    def __init__(self, tower: ClipTower, **options: Any) -> None:
+        super().__init__(tower, **options)
+        self.freeze()
+
+    @classmethod
+    def build(cls, path: str, *, towers: Towers, tokenizer_path: str = "", **options: Any) -> Self:
+        """``path`` is a folder or hub id with a CLIPModel; empty = yuvalkirstain/PickScore_v1.
+
+        ``tokenizer_path`` holds CLIP's vocabulary; empty = the folder's own, or else laion/CLIP-ViT-H-14-laion2B-...
+        """
+        return cls(towers.clip(path or REPO, tokenizer_path=tokenizer_path, tokenizer=LAION_CLIP_H), **options)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """``(B, 3, H, W)`` in ``[0, 1]`` and B prompts to ``(B,)`` float32."""
+        cosine = (self.image_features(images) * self.tower.text_features(prompts)).sum(dim=-1)
+        return self.tower.logit_scale * cosine
