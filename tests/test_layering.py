@@ -17,7 +17,10 @@ DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},
     "diffusers": {"fastcraft/diffusion/components.py", "fastcraft/diffusion/patch.py", "fastcraft/shapes/"},
     "xformers": {"fastcraft/diffusion/attention.py"},
-    "triton": {f"kernels/fastcraft_kernels/{path.name}/kernel.py" for path in (ROOT / "kernels").glob("*/*")},
+    "triton": {
+        "kernels/fastcraft_kernels/testing.py",
+        *(f"kernels/fastcraft_kernels/{path.name}/kernel.py" for path in (ROOT / "kernels").glob("*/*")),
+    },
 }
 
 
