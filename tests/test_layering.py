@@ -19,7 +19,7 @@ DOORS = {
     "xformers": {"fastcraft/diffusion/attention.py"},
     "triton": {
         "kernels/fastcraft_kernels/testing.py",
-        *(f"kernels/fastcraft_kernels/{path.name}/kernel.py" for path in (ROOT / "kernels").glob("*/*")),
+        *(f"kernels/fastcraft_kernels/{path.name}/kernel" for path in (ROOT / "kernels").glob("*/*")),
     },
 }
 

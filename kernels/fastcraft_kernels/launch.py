@@ -82,12 +82,10 @@ def largest_power_of_2(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 
 
-def split_count(facts: DeviceFacts, num_tiles: int, num_rows: int, *, min_rows: int, max_splits: int) -> int:
-    """Into how many pieces to cut the rows of each tile so that the device is full.
+def split_count(num_slots: int, num_tiles: int, *, most: int) -> int:
+    """Into how many pieces to cut each of ``num_tiles`` tiles so that their programs fill the device once.
 
-    Aims at two programs a multiprocessor, but gives no piece fewer than ``min_rows`` rows and makes no more than
-    ``max_splits``; a power of two, because the count is a compile-time constant of the kernel that merges the pieces.
+    ``num_slots`` is how many programs it holds at a time: a few more than fit would cost a second, almost empty round,
+    so the count is rounded down. Between 1 and ``most``.
     """
-    wanted = next_power_of_2(ceil_div(2 * facts.num_sms, num_tiles))
-    allowed = largest_power_of_2(max(num_rows // min_rows, 1))
-    return max(1, min(wanted, allowed, max_splits))
+    return max(1, min(num_slots // num_tiles, most))
