@@ -59,7 +59,7 @@ def group_norm_silu_backward(
             parts = split_backward(plan, *arguments, shift_grad)
             d_shift = _shift_gradient(parts.sum(2), weight, rstd, planes[2].shape[1]) if shift_grad else None
     d_bias = d_weight = None
-    if affine_grad:
+    if affine_grad and parts is not None:
         d_bias, d_weight = (parts[i].flatten(0, -2).sum(0) for i in range(2))
     return from_rows(dx, h.shape), d_weight, d_bias, d_shift
 

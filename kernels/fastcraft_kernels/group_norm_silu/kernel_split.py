@@ -65,7 +65,7 @@ def _stats_kernel(
 @triton.jit
 def _partial_slots(n, first_group, C, num_splits, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
                    MAX_GROUPS: tl.constexpr, MAX_SPLITS: tl.constexpr):  # fmt: skip
-    """Where the partials of a tile's groups lie ``(MAX_SPLITS, MAX_GROUPS, WIDTH_PAD)``, which are real, and channels."""
+    """Where the tile's groups have partials ``(MAX_SPLITS, MAX_GROUPS, WIDTH_PAD)``, which exist, and channels."""
     member = tl.arange(0, WIDTH_PAD)
     channels = (first_group + tl.arange(0, MAX_GROUPS))[:, None] * WIDTH + member[None, :]
     split = tl.arange(0, MAX_SPLITS)

@@ -6,7 +6,7 @@ from torch import Size, Tensor
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """``(N, C, *spatial)`` of any strides -> contiguous ``(N, S, C)``: a view of a channels-last tensor, else a copy."""
+    """``(N, C, *spatial)`` of any strides -> contiguous ``(N, S, C)``: a view if it is channels-last, else a copy."""
     channels_last = x.movedim(1, -1)
     return channels_last.reshape(x.shape[0], math.prod(x.shape[2:]), x.shape[1]).contiguous()
 

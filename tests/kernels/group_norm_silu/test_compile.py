@@ -57,7 +57,7 @@ def test_every_shipped_launch_compiles(facts):
             check_compiled(name, report, arch=facts.arch)
             table.check(name, report, arch=facts.arch)
             # A row of 1920 / 32 = 60 channels is 120 bytes: eight-byte loads are the widest that it allows.
-            assert shape[1] == 1920 and "small" in launch.name or report.ld128 > 0, name
+            assert (shape[1] == 1920 and "small" in launch.name) or report.ld128 > 0, name
             threads = 32 * launch.options["num_warps"]
             assert report.registers * threads <= 65_536, name
     assert len(seen) > 30
