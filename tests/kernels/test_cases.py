@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted(Path(__file__).parent.glob("*/cases.py"))
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 
 
 def run_cases(path: Path, *, interpret: bool) -> None:
@@ -30,6 +32,7 @@ def test_every_op_has_cases():
     assert folders == {path.parent.name for path in CASES}
 
 
+@pytest.mark.skipif(TRITON < (3, 7), reason="Triton 3.6's interpreter cannot loop up to a run-time bound")
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.parent.name)
 def test_triton_source_under_the_interpreter(path):
     run_cases(path, interpret=True)

@@ -148,6 +148,20 @@ def test_outputs_are_channels_last(device):
     assert out.is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 17, 19), (1, 64, 4, 4)], ids=["split", "small"])
+def test_a_float32_affine_over_16_bit_planes(shape, device):
+    x, weight, bias, _, _ = inputs(shape, torch.bfloat16, device)
+    fast, _ = op(32, 1e-5, True)
+    dy = torch.randn(shape, device=device)
+    narrow = run(fast, [x, weight, bias, None, None], [dy])
+    wide = [value.detach().float().requires_grad_() for value in (weight, bias)]
+    mixed = run(fast, [x, *wide, None, None], [dy])
+    assert torch.equal(mixed[0], narrow[0])
+    assert torch.equal(mixed[1], narrow[1])
+    assert mixed[2].dtype == mixed[3].dtype == torch.float32
+    assert torch.equal(mixed[2].bfloat16(), narrow[2])
+
+
 def test_only_the_sum_is_used(device):
     shape = (2, 64, 4, 4)
     values = inputs(shape, torch.float32, device, folds="both")
