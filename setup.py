@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=["fastcraft", "fastcraft.*"]) + find_packages("kernels"),
     package_data={
         "fastcraft": ["recipes/*.toml", "py.typed"],
+        "fastcraft_kernels": ["attention/*.json"],
         "fastcraft.shapes": ["prompts/*.txt", "weights/**/*"],
     },
     install_requires=[
@@ -35,6 +36,7 @@ setup(
         "tqdm",
         "psutil",
     ],
+    entry_points={"console_scripts": ["fastcraft = fastcraft.cli:main"]},
     extras_require={
         "test": ["pytest>=9", "pytest-benchmark>=5.3"],
         "dev": ["pytest>=9", "pytest-benchmark>=5.3", "ruff==0.17.5", "mypy==2.4.1"],
