@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step] ...
+# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|kernels|unet|shapes|sd15|step] ...
 # Each part stays well under nine minutes and writes to $OUT (default benchmarks/results/<card>/).
 # SMALL=1 rehearses the same commands at small sizes on a machine without a GPU.
 set -euo pipefail
@@ -8,8 +8,10 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERE
 card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
 OUT=${OUT:-benchmarks/results/$card}
 WORK=${WORK:-$(mktemp -d)}
-width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16
-if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32; fi
+width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16 unet=(--batches ${UNET_BATCHES:-2 16})
+if [ "${SMALL:-0}" = 1 ]; then
+    width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32 unet=(--small --batches 2 --rounds 2 --contenders eager patched)
+fi
 mkdir -p "$OUT" "$WORK"
 launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
 
@@ -27,10 +29,21 @@ sd15() { # batch size
     cp "$WORK/sd15-b$1/environment.json" "$OUT/environment.json"
 }
 
-[ $# -gt 0 ] || set -- tests shapes sd15 step
+# Attention first: the other measurements use the dispatch table that it writes.
+kernels() {
+    [ "$card" = cpu ] || python3 -m fastcraft.cli info --measure-attention --out "$OUT/attention_table.json"
+    python3 -m pytest -p no:cacheprovider benchmarks --benchmark-enable --benchmark-columns=median,iqr \
+        --rows "$OUT/kernels.json"
+}
+
+[ $# -gt 0 ] || set -- tests kernels unet shapes sd15 step
 for part in "$@"; do
     case $part in
-        tests) python3 -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py ;;
+        tests) python3 -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py tests/kernels ;;
+        kernels) kernels ;;
+        unet)
+            [ ! -f "$OUT/attention_table.json" ] || unet+=(--attention-table "$OUT/attention_table.json")
+            python3 -m benchmarks.unet "${unet[@]}" --out "$OUT/unet_sd15.json" ;;
         shapes)
             "${launch[@]}" fastcraft/train.py --ds_config ds_configs/zero2.json --run-dir "$WORK/shapes" --set train.num_steps="$steps"
             cp "$WORK/shapes/metrics.jsonl" "$OUT/shapes_metrics.jsonl" ;;
@@ -42,7 +55,7 @@ for part in "$@"; do
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
                 --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
                 --set train.batch_size="${batches%% *}" --set train.dtype="$dtype" ;;
-        *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step" >&2; exit 2 ;;
+        *) echo "run_gpu.sh: unknown part '$part'; known: tests kernels unet shapes sd15 step" >&2; exit 2 ;;
     esac
 done
 python3 - "$OUT" <<'PY'
