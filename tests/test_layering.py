@@ -17,7 +17,7 @@ FLOORS = {
 DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},
     "diffusers": {"fastcraft/diffusion/components.py", "fastcraft/diffusion/patch.py", "fastcraft/shapes/"},
-    "xformers": {"fastcraft/diffusion/attention.py"},
+    "xformers": {"kernels/fastcraft_kernels/attention/providers.py"},
     "triton": {
         "kernels/fastcraft_kernels/testing.py",
         *(f"kernels/fastcraft_kernels/{path.name}/kernel" for path in (ROOT / "kernels").glob("*/*")),

@@ -58,7 +58,8 @@ def make_plan(
     most = min(math.isqrt(num_rows // 8), MAX_SPLITS)
     splits = split_count(PROGRAMS_PER_SM * facts.num_sms, num_tiles * num_samples, most=most)
     split_rows = ceil_div(ceil_div(num_rows, splits), tile_rows) * tile_rows
-    met = max((c + tile_channels - 1) // width - c // width + 1 for c in range(0, num_channels, tile_channels))
+    latest_start = width - math.gcd(tile_channels, width)  # of a tile within a group, in channels
+    met = (latest_start + tile_channels - 1) // width + 1
     num_splits = ceil_div(num_rows, split_rows)
     return SplitPlan(
         tile_rows=tile_rows,
