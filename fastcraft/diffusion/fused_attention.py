@@ -8,6 +8,7 @@ from fastcraft.diffusion.attention import CrossAttention, SelfAttention
 from fastcraft.records import TextKV
 from fastcraft_kernels.attention import attention
 from fastcraft_kernels.cross_attention import cross_attention
+from fastcraft_kernels.cross_attention.tiles import MAX_KEYS
 
 
 class FusedSelfAttention(SelfAttention):
@@ -30,7 +31,7 @@ class FusedCrossAttention(CrossAttention):
     """Cross-attention by `fastcraft_kernels.cross_attention`.
 
     Keys and values come from ``text_kv``; without it they are projected from ``encoder_hidden_states``, as diffusers
-    does.
+    does. A text longer than the op's `MAX_KEYS` is attended to by PyTorch's own attention.
     """
 
     def __call__(
@@ -48,6 +49,8 @@ class FusedCrossAttention(CrossAttention):
             key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         else:
             raise ValueError(f"FusedCrossAttention: layer {self.name!r} got neither text_kv nor encoder_hidden_states")
+        if key.shape[1] > MAX_KEYS:
+            return super().__call__(attn, hidden_states, text_kv=TextKV(layers={self.name: (key, value)}))
         out = cross_attention(_heads(attn.to_q(hidden_states), attn), _heads(key, attn), _heads(value, attn))
         return attn.to_out[0](out.flatten(-2))
 

@@ -19,6 +19,7 @@ from torch import nn
 from fastcraft.diffusion.patch_rules import RULES, Replacement, refusal
 from fastcraft.errors import UserError
 from fastcraft.registry import suggestion
+from fastcraft_kernels import flops  # noqa: F401 - a patched model's FLOPs can be counted
 from fastcraft_kernels.backend import BACKENDS, triton_refusal, use_backend
 
 

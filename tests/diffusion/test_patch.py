@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.patch import Patch
@@ -12,6 +13,7 @@ from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.errors import UserError
+from fastcraft.memory.cost import count_flops
 from fastcraft.memory.policies import POLICIES
 from fastcraft.records import Trajectory
 from fastcraft_kernels.backend import current_backend
@@ -53,6 +55,17 @@ def assert_untouched(model, before):
 @pytest.fixture(params=CONFIGS)
 def narrow(request):
     return make_narrow(request.param)
+
+
+def smallest_unet():
+    """One level, for what takes long on more."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=4, block_out_channels=(40,), attention_head_dim=1, layers_per_block=1, cross_attention_dim=8,
+        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    ).requires_grad_(False)  # fmt: skip
 
 
 @pytest.fixture
@@ -154,6 +167,31 @@ def test_unrolled_gradient_under_every_policy(name, policy, vae, tiny_parts):
         agree(run(), plain, rtol=1e-3)
 
 
+def test_a_text_too_long_for_the_op():
+    narrow = make_narrow("sd21")
+    inputs = [torch.randn(1, 600, 24, requires_grad=True), torch.randn(1, 20, requires_grad=True)]
+    latents = torch.randn(1, 4, 8, 8)
+    plain = call(narrow, latents, inputs)
+    with Patch(narrow.unet, backend="reference"):
+        agree(call(narrow, latents, inputs), plain)
+
+
+def test_flops_are_those_of_the_plain_unet():
+    """A dry run counts a patched model; one that counted an op at nothing would promise too much."""
+    network, text = smallest_unet(), torch.randn(1, 5, 8)
+
+    def unet(x):
+        return network(x, 300, text, return_dict=False)[0]
+
+    without_attention = count_flops(unet, (1, 4, 4, 4))  # PyTorch does not count its attention on a CPU
+    with sdpa_kernel(SDPBackend.MATH):
+        forward, _ = count_flops(unet, (1, 4, 4, 4))
+    attention = forward - without_attention[0]
+    assert attention > 1e4
+    with Patch(network, backend="reference"):
+        assert count_flops(unet, (1, 4, 4, 4)) == (forward, without_attention[1] + 5 * attention // 2)
+
+
 def test_blocks_checkpointed_by_diffusers(narrow):
     latents = torch.randn(2, 4, 8, 8)
     inputs = [torch.randn(2, 7, 24, requires_grad=True), torch.randn(2, 20, requires_grad=True)]
@@ -165,13 +203,7 @@ def test_blocks_checkpointed_by_diffusers(narrow):
 
 
 def test_under_compile():
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=(40,), attention_head_dim=1, layers_per_block=1, cross_attention_dim=8,
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-    ).requires_grad_(False)  # fmt: skip
+    unet = smallest_unet()
     latents, text = torch.randn(2, 4, 4, 4), torch.randn(2, 5, 8, requires_grad=True)
 
     def run(network):
