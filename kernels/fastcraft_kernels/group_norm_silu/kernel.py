@@ -47,7 +47,7 @@ def group_norm_silu_backward(
     d_out: Tensor, d_total: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None,
     mean: Tensor, rstd: Tensor, silu: bool, affine_grad: bool, shift_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """As `reference.group_norm_silu_backward`, but what is not wanted is ``None`` and costs nothing."""
+    """As `reference.group_norm_silu_backward`."""
     plan = _plan(h, mean.shape[1])
     dx = empty_rows(h)
     planes = (to_rows(d_out), None if d_total is None else to_rows(d_total), to_rows(h))

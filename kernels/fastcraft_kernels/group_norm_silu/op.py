@@ -102,20 +102,18 @@ def _group_norm_silu_backward(
     mean: Tensor, rstd: Tensor, silu: bool, affine_grad: bool, shift_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``dx``, then the gradients of weight, bias and shift: empty where not wanted."""
-    inputs = (d_out, d_total, h, weight, bias, shift, mean, rstd, silu)
     if uses_triton("group_norm_silu", h):
         from fastcraft_kernels.group_norm_silu.kernel import group_norm_silu_backward as backward
-
-        grads = backward(*inputs, affine_grad, shift_grad)
     else:
-        grads = reference.group_norm_silu_backward(*inputs)
-    dx, d_weight, d_bias, d_shift = grads
-    nothing = h.new_empty(0)
+        backward = reference.group_norm_silu_backward
+    dx, d_weight, d_bias, d_shift = backward(
+        d_out, d_total, h, weight, bias, shift, mean, rstd, silu, affine_grad, shift_grad
+    )
     return (
         dx,
-        d_weight.to(weight.dtype) if affine_grad and d_weight is not None else nothing,
-        d_bias.to(bias.dtype) if affine_grad and d_bias is not None else nothing.clone(),
-        d_shift if shift_grad and d_shift is not None else nothing.clone(),
+        h.new_empty(0) if d_weight is None else d_weight.to(weight.dtype),
+        h.new_empty(0) if d_bias is None else d_bias.to(bias.dtype),
+        h.new_empty(0) if d_shift is None else d_shift,
     )
 
 

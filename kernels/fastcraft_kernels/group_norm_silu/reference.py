@@ -40,9 +40,9 @@ def group_norm_silu_forward(
 
 def group_norm_silu_backward(
     d_out: Tensor, d_total: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None,
-    mean: Tensor, rstd: Tensor, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the summed input, ``weight``, ``bias`` and ``shift``; the last three in the wide dtype.
+    mean: Tensor, rstd: Tensor, silu: bool, affine_grad: bool, shift_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the summed input, ``weight``, ``bias`` and ``shift``; the last three wide, where they are wanted.
 
     ``h`` is what was normalised (before ``shift``, where that is given).
     """
@@ -55,11 +55,12 @@ def group_norm_silu_backward(
         z = normal * _wide(weight) + _wide(bias)
         sigmoid = torch.sigmoid(z)
         dy = dy * sigmoid * (1 + z * (1 - sigmoid))
-    d_weight, d_bias = (dy * normal).sum(dim=(0, 1)), dy.sum(dim=(0, 1))
+    d_weight = (dy * normal).sum(dim=(0, 1)) if affine_grad else None
+    d_bias = dy.sum(dim=(0, 1)) if affine_grad else None
     dn = dy * _wide(weight)
     mean_dn = _grouped(dn, mean.shape[-1]).mean(dim=(1, 3))
     mean_dn_normal = _grouped(dn * normal, mean.shape[-1]).mean(dim=(1, 3))
     dx = scale * (dn - _expand(mean_dn, dn) - normal * _expand(mean_dn_normal, dn))
     if d_total is not None:
         dx = dx + _wide(to_rows(d_total))
-    return from_rows(dx.to(h.dtype), h.shape), d_weight, d_bias, dx.sum(dim=1)
+    return from_rows(dx.to(h.dtype), h.shape), d_weight, d_bias, dx.sum(dim=1) if shift_grad else None
