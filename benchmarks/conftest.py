@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def machine(request: pytest.FixtureRequest) -> Machine:
     return request.config.stash.setdefault(MACHINE, measure_machine())
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     machine = config.stash.get(MACHINE, None)
     if machine is None or not machine.rows:
         return

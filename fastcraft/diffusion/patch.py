@@ -20,7 +20,7 @@ from fastcraft.diffusion.patch_rules import RULES, Replacement, refusal
 from fastcraft.errors import UserError
 from fastcraft.registry import suggestion
 from fastcraft_kernels import flops  # noqa: F401 - a patched model's FLOPs can be counted
-from fastcraft_kernels.backend import BACKENDS, triton_refusal, use_backend
+from fastcraft_kernels.backend import BACKENDS, current_backend, set_backend, triton_refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,8 @@ class Patch:
         if self._stack is not None:
             raise ValueError("Patch.apply: this patch is on already")
         with ExitStack() as stack:
-            stack.enter_context(use_backend(self.backend))
+            stack.callback(set_backend, current_backend())  # a plain call: a patch may outlive its `Patch`
+            set_backend(self.backend)
             for model in self.models:
                 _use_channels_last(model, stack)
             for owner, name, value in self._replacements:
