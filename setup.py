@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=["fastcraft", "fastcraft.*"]) + find_packages("kernels"),
     package_data={
         "fastcraft": ["recipes/*.toml", "py.typed"],
+        "fastcraft_kernels": ["attention/*.json"],
         "fastcraft.shapes": ["prompts/*.txt", "weights/**/*"],
     },
     install_requires=[

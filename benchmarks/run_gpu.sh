@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step|rewards] ...
+# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [PART] ...
+# Parts: tests kernels unet shapes sd15 step rewards; all of them where none is named.
 # Each part stays well under nine minutes and writes to $OUT (default benchmarks/results/<card>/).
 # SMALL=1 rehearses the same commands at small sizes on a machine without a GPU.
 set -euo pipefail
@@ -9,7 +10,11 @@ card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ",
 OUT=${OUT:-benchmarks/results/$card}
 WORK=${WORK:-$(mktemp -d)}
 width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16 images=64 pixels=224 layers=0
-if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32 images=4 pixels=56 layers=1; fi
+unet=(--batches ${UNET_BATCHES:-2 16})
+if [ "${SMALL:-0}" = 1 ]; then
+    width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32 images=4 pixels=56 layers=1
+    unet=(--small --batches 2 --rounds 2 --contenders eager patched)
+fi
 mkdir -p "$OUT" "$WORK"
 launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
 
@@ -28,10 +33,22 @@ sd15() { # batch size
     cp "$WORK/sd15-b$1/environment.json" "$OUT/environment.json"
 }
 
-[ $# -gt 0 ] || set -- tests shapes sd15 step rewards
+# Attention first: the other measurements use the dispatch table that it writes.
+kernels() {
+    [ "$card" = cpu ] || python3 -m fastcraft.cli info --measure-attention --out "$OUT/attention_table.json"
+    python3 -m pytest -p no:cacheprovider benchmarks --benchmark-enable --benchmark-columns=median,iqr \
+        --rows "$OUT/kernels.json"
+}
+
+parts="tests kernels unet shapes sd15 step rewards"
+[ $# -gt 0 ] || set -- $parts
 for part in "$@"; do
     case $part in
-        tests) python3 -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py ;;
+        tests) python3 -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py tests/kernels ;;
+        kernels) kernels ;;
+        unet)
+            [ ! -f "$OUT/attention_table.json" ] || unet+=(--attention-table "$OUT/attention_table.json")
+            python3 -m benchmarks.unet "${unet[@]}" --out "$OUT/unet_sd15.json" ;;
         shapes)
             "${launch[@]}" fastcraft/train.py --ds_config ds_configs/zero2.json --run-dir "$WORK/shapes" --set train.num_steps="$steps"
             cp "$WORK/shapes/metrics.jsonl" "$OUT/shapes_metrics.jsonl" ;;
@@ -47,7 +64,7 @@ for part in "$@"; do
         rewards)
             python3 -m benchmarks.rewards agreement --images "$images" --size "$pixels" --layers "$layers" --out "$OUT/rewards_agreement.json"
             python3 -m benchmarks.rewards cost --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_cost.json" ;;
-        *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step rewards" >&2; exit 2 ;;
+        *) echo "run_gpu.sh: unknown part '$part'; known: $parts" >&2; exit 2 ;;
     esac
 done
 python3 - "$OUT" <<'PY'

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastcraft.data.prompts import load_prompts
 from fastcraft.diffusion.components import Components, load_components
 from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
@@ -19,7 +20,7 @@ from fastcraft.evaluation.scores import Exam
 from fastcraft.memory.policies import POLICIES
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
-from fastcraft.recipe import Recipe, RewardConfig
+from fastcraft.recipe import KernelsConfig, Recipe, RewardConfig
 from fastcraft.records import CheckpointPlan
 from fastcraft.registry import resolve
 from fastcraft.rewards import RewardSpec, build_rewards
@@ -28,6 +29,7 @@ from fastcraft.rewards.mix import WeightedRewards
 from fastcraft.text.encoder import TextEncoder, split_encoders
 from fastcraft.text.prompt_encoder import PromptEncoder
 from fastcraft.text.tokenize import tokenize
+from fastcraft_kernels.attention import load_attention_table
 
 MAX_COUNTED = 100_000
 SHAPES = Path(__file__).parent / "shapes"
@@ -75,6 +77,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     model_path = SHAPES / "weights" / "pipeline" if recipe.model.path == "shapes" else recipe.model.path
     components = load_components(model_path, dtype=dtype, device=device, resolution=recipe.model.resolution)
     use_text_kv(components.unet)
+    _use_kernels(recipe.kernels, components, device)
     num_truncated = _count_truncated(components.tokenizer, source.prompts)
     torch.manual_seed(recipe.train.seed)  # the adapters' initialisation, equal on every rank
     trained, original = split_encoders(
@@ -167,6 +170,17 @@ def prompt_file(path: str) -> Path:
         known = ", ".join(f"shapes:{other.stem}" for other in sorted(file.parent.glob("*.txt")))
         raise UserError(f"prompts.path: unknown bundled prompts {path!r}; known: {known}")
     return file
+
+
+def _use_kernels(settings: KernelsConfig, components: Components, device: torch.device) -> None:
+    """Patch UNet and VAE for the rest of the process; ``kernels.backend`` says when."""
+    if settings.attention_table:
+        try:
+            load_attention_table(settings.attention_table)
+        except ValueError as error:
+            raise UserError(f"kernels.attention_table: {error}") from error
+    if settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda"):
+        Patch(components.unet, components.vae, backend=settings.backend).apply()
 
 
 def _count_truncated(tokenizer: Any, prompts: Sequence[str]) -> str:

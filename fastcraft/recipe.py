@@ -114,8 +114,11 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelsConfig:
-    backend: Literal["auto", "reference"] = "auto"
-    """Which implementation of the fused ops runs; until Triton ones are registered, auto is reference."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """Who computes UNet and VAE. triton: the fused kernels, refused where they cannot run; reference: diffusers' own
+    modules; auto: triton on CUDA, reference elsewhere (without a GPU, PyTorch's own CPU code is the faster one)."""
+    attention_table: str = ""
+    """Who computes self-attention on CUDA: a file of ``fastcraft info --measure-attention``; empty = as shipped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

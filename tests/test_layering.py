@@ -17,8 +17,11 @@ FLOORS = {
 DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},
     "diffusers": {"fastcraft/diffusion/components.py", "fastcraft/diffusion/patch.py", "fastcraft/shapes/"},
-    "xformers": {"fastcraft/diffusion/attention.py"},
-    "triton": {f"kernels/fastcraft_kernels/{path.name}/kernel.py" for path in (ROOT / "kernels").glob("*/*")},
+    "xformers": {"kernels/fastcraft_kernels/attention/providers.py"},
+    "triton": {
+        "kernels/fastcraft_kernels/testing.py",
+        *(f"kernels/fastcraft_kernels/{path.name}/kernel" for path in (ROOT / "kernels").glob("*/*")),
+    },
 }
 
 

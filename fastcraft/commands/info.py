@@ -5,8 +5,12 @@ import importlib
 
 from fastcraft.errors import UserError
 
-HELP = "Print facts: --rewards lists the rewards, their files and where they are looked for."
-TOPICS = {"rewards": "fastcraft.commands.info_rewards"}
+HELP = "print facts: the rewards and their files, what the fused ops replace in a model; measure attention"
+TOPICS = {
+    "rewards": "fastcraft.commands.info_rewards",
+    "model": "fastcraft.commands.info_model",
+    "measure_attention": "fastcraft.commands.info_attention",
+}
 """Flag -> module with ``add_arguments(parser)``, which adds that flag, and ``run(args) -> exit status``."""
 
 
@@ -19,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Every topic that was asked for, in order; the largest exit status."""
     asked = [path for flag, path in TOPICS.items() if getattr(args, flag)]
+    if args.out is not None and not args.measure_attention:
+        raise UserError(f"info: --out needs --measure-attention, got {str(args.out)!r} alone")
     if not asked:
-        raise UserError(f"info: one of {', '.join('--' + flag for flag in TOPICS)} is required, got none")
+        flags = ", ".join("--" + flag.replace("_", "-") for flag in TOPICS)
+        raise UserError(f"info: one of {flags} is required, got none")
     return max(importlib.import_module(path).run(args) for path in asked)

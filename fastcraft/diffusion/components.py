@@ -86,6 +86,27 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
     )
 
 
+def load_skeletons(folder: str | Path) -> tuple[Any, Any]:
+    """UNet and VAE of a diffusers folder, any Stable Diffusion model, without their weights (on the meta device).
+
+    Raises:
+        UserError: no such folder, or a part that cannot be built from its config.json.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    folder = Path(folder).expanduser()
+    parts = []
+    for cls, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
+        if not (folder / name / "config.json").is_file():
+            raise UserError(f"--model: {folder} has no {name}/config.json")
+        try:
+            with torch.device("meta"):
+                parts.append(freeze(cls.from_config(cls.load_config(folder / name))))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"--model: cannot build {folder / name}: {_first_line(error)}") from error
+    return parts[0], parts[1]
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """Eval mode, no parameter requires gradient."""
     return module.requires_grad_(False).eval()

@@ -1,0 +1,1 @@
+"""Microbenchmarks of the fused ops: ``pytest benchmarks --benchmark-enable``."""

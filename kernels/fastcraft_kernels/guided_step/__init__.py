@@ -1,0 +1,5 @@
+"""Classifier-free guidance and the DDIM update in one pass."""
+
+from fastcraft_kernels.guided_step.op import guided_step
+
+__all__ = ["guided_step"]
