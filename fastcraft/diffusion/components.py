@@ -4,6 +4,7 @@ A folder as `StableDiffusionPipeline.save_pretrained` writes it, or a hub id, be
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,30 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
         latent_shape=(unet.config.in_channels, size, size),
         pixels_per_latent=factor,
     )
+
+
+def empty_networks(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]], *, dtype: torch.dtype
+) -> tuple[Any, Any, list[Any]]:
+    """Frozen networks without weights, on the meta device, from the contents of their ``config.json``.
+
+    Args:
+        unet: of a ``UNet2DConditionModel``; SDXL's embedding of pooled text and sizes is left out.
+        vae: of an ``AutoencoderKL``.
+        text_encoders: of each ``CLIPTextModel``, which is float32.
+        dtype: of UNet and VAE.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        parts = (
+            UNet2DConditionModel.from_config({**unet, "addition_embed_type": None}),
+            AutoencoderKL.from_config(dict(vae)),
+        )
+        texts = [CLIPTextModel(CLIPTextConfig(**config)) for config in text_encoders]
+    frozen = [nn.Module.to(freeze(part), dtype) for part in parts]  # diffusers' own `to` warns about nothing here
+    return *frozen, [text.eval() for text in texts]  # type: ignore[return-value]
 
 
 def freeze(module: nn.Module) -> nn.Module:
