@@ -1,7 +1,10 @@
 """Public architecture numbers of the models that a prediction knows by name; configurations only, no weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from fastcraft.errors import UserError
+from fastcraft.registry import suggestion
 
 _BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 _VAE: Mapping[str, Any] = {
@@ -62,9 +65,27 @@ TOWERS: Mapping[str, Mapping[str, int]] = {
 }
 """Image towers of the published rewards; their text halves, which carry no gradient, are left out."""
 
-REWARD_TOWERS: Mapping[str, str] = {
-    "clip": "clip-l", "aesthetic": "clip-l", "pickscore": "clip-h", "hpsv2": "clip-h", "hpsv2.1": "clip-h",
-    "imagereward": "blip-l",
-}  # fmt: skip
-"""Which tower a reward of the catalogue looks through; those that look through the same one do so once when they
-share its weights: clip and aesthetic."""
+REWARD_TOWERS: Mapping[str, tuple[str, str]] = {
+    "clip": ("clip-l", "OpenAI CLIP ViT-L/14"),
+    "aesthetic": ("clip-l", "OpenAI CLIP ViT-L/14"),
+    "pickscore": ("clip-h", "PickScore v1"),
+    "hpsv2": ("clip-h", "HPSv2"),
+    "hpsv2.1": ("clip-h", "HPSv2.1"),
+    "imagereward": ("blip-l", "ImageReward"),
+}
+"""Reward -> (tower, whose weights): rewards that name the same weights share one run of the tower."""
+
+
+def towers_of(rewards: Iterable[str]) -> list[Mapping[str, int]]:
+    """Vision configurations that a set of published rewards looks through, each once.
+
+    Raises:
+        UserError: a reward whose tower is not known.
+    """
+    used: dict[str, Mapping[str, int]] = {}
+    for name in rewards:
+        if name not in REWARD_TOWERS:
+            raise UserError(f"--rewards: no architecture known for {name!r}{suggestion(name, REWARD_TOWERS)}")
+        tower, weights = REWARD_TOWERS[name]
+        used[weights] = TOWERS[tower]
+    return list(used.values())

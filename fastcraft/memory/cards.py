@@ -1,8 +1,8 @@
 """Accelerators in numbers: every constant of a prediction that is not counted from the model is in this file.
 
-None of it has been calibrated against a card of this kind yet: sizes, rates and bandwidths are the makers' nominal
-figures, the fractions of them that real kernels reach and the allowances are assumptions, and `ERROR_BANDS` says how far
-off a prediction may be.
+None of it has been calibrated against a card yet: sizes, rates and bandwidths are the makers' nominal figures, the
+fractions of them that real kernels reach and the allowances are assumptions, and `ERROR_BANDS` says how far off a
+prediction may be.
 """
 
 import re

@@ -8,50 +8,14 @@ Letters: B samples, K steps with gradient, T steps.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
 from fastcraft.memory.cards import Card
-from fastcraft.memory.tracker import AllocationTracker, Op, Work
-from fastcraft.records import CheckpointPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """Bytes for n samples: ``fixed + each * n``."""
-
-    fixed: int = 0
-    each: int = 0
-
-    def at(self, samples: int) -> int:
-        """Bytes for ``samples``."""
-        return self.fixed + self.each * samples
-
-    @classmethod
-    def through(cls, one: int, two: int) -> Self:
-        """The line through the bytes measured for one and for two samples."""
-        return cls(fixed=max(0, 2 * one - two), each=two - one if two > one else one)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """One phase. ``held``: bytes from its forward to its backward; ``forward_peak``: highest point of the forward above
-    what was there before it; ``backward_extra``: highest point of the backward above what is held when it begins.
-
-    ``first_held``: as ``held``, of a step whose latents carry no gradient (the first with gradient, or any step under a
-    stop-gradient on its input).
-    """
-
-    held: Line
-    forward_peak: Line
-    backward_extra: Line = field(default_factory=Line)
-    first_held: Line | None = None
-    forward: Work
-    backward: Work = field(default_factory=lambda: Work(ops={}))
+from fastcraft.memory.cost import Cost, Line, work_seconds
+from fastcraft.memory.tracker import Op, Work
+from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,34 +109,60 @@ class StepEstimate:
             ValueError: a treatment that was not estimated.
         """
         unknown = sorted({*plan.steps} - self.steps.keys() | {plan.decode} - self.heads.keys())
-        if unknown:
-            raise ValueError(f"predict: plan must use treatments that were estimated, got {unknown}")
+        if unknown or (plan.segments and {*plan.steps} != {KEEP}):
+            raise ValueError(f"predict: plan must use treatments that were estimated, got {unknown or plan}")
+        if plan.segments:
+            alone = replace(plan, steps=tuple(f"segment:{n}" for n in plan.segments), segments=())
+            estimate = replace(self, steps={f"segment:{n}": self._segment(n) for n in plan.segments})
+            fewer = len(plan.steps) - len(plan.segments)
+            return estimate.predict(
+                alone, batch_size=batch_size, num_inference_steps=num_inference_steps - fewer, card=card,
+                input_grad=input_grad,
+            )  # fmt: skip
         held = [
-            (cost.first_held if cost.first_held and (index == 0 or not input_grad) else cost.held).at(batch_size)
-            for index, cost in enumerate(self.steps[name] for name in plan.steps)
+            self.steps[name].step_bytes(batch_size, first=index == 0 or not input_grad)
+            for index, name in enumerate(plan.steps)
         ]
         peak_bytes, at, kinds = self._peak(plan, held, batch_size)
         seconds, flops = self._time(plan, batch_size, num_inference_steps, card)
         return Prediction(
-            batch_size=batch_size, peak_bytes=peak_bytes, at=at, bytes_by_kind=kinds, saved_bytes=sum(held),
+            batch_size=batch_size, peak_bytes=peak_bytes, at=at, bytes_by_kind=kinds,
+            saved_bytes=sum(saved for saved, _ in held),
             seconds_by_phase=seconds, flops=flops,
         )  # fmt: skip
 
-    def _peak(self, plan: CheckpointPlan, held: Sequence[int], batch: int) -> tuple[int, str, dict[str, int]]:
-        """The highest of all phases: bytes, where, and what of."""
+    def _segment(self, length: int) -> Cost:
+        """``length`` steps that keep everything, run again together: in backward all of them are held at once."""
+        keep, again = self.steps[KEEP], self.steps[RECOMPUTE]
+
+        def longer(line: Line | None) -> Line:
+            return Line(each=(line or again.backward_extra).each + (length - 1) * keep.held.each)
+
+        def times(work: Work) -> Work:
+            return replace(work, ops={op: count * length for op, count in work.ops.items()})
+
+        return replace(
+            again, backward_extra=longer(again.backward_extra), first_extra=longer(again.first_extra),
+            forward=times(again.forward), backward=times(again.backward),
+        )  # fmt: skip
+
+    def _peak(
+        self, plan: CheckpointPlan, steps: Sequence[tuple[int, int]], batch: int
+    ) -> tuple[int, str, dict[str, int]]:
+        """The highest of all phases: bytes, where, and what of; ``steps`` are (held, backward extra) of each."""
         text, kv = self.text.held.at(batch), self.kv_bytes.at(batch)
         chunk = min(plan.decode_micro_batch or batch, batch)
         moments = [
             *self._fixed_moments(batch),
-            ("decode and rewards", text, sum(held), self.head_bytes(plan.decode, chunk), 0),
+            ("decode and rewards", text, sum(held for held, _ in steps), self.head_bytes(plan.decode, chunk), 0),
         ]
         saved = 0
-        for index, name in enumerate(plan.steps):
-            cost, number = self.steps[name], f"step {index + 1} of {len(plan.steps)} ({name})"
-            moments.append((f"forward of {number}", text, saved, cost.forward_peak.at(batch), 0))
-            saved += held[index]
-            grads = kv if index < len(plan.steps) - 1 else 0
-            moments.append((f"backward of {number}", text, saved, cost.backward_extra.at(batch), grads))
+        for index, (name, (held, extra)) in enumerate(zip(plan.steps, steps, strict=True)):
+            number = f"step {index + 1} of {len(steps)} ({name})"
+            moments.append((f"forward of {number}", text, saved, self.steps[name].forward_peak.at(batch), 0))
+            saved += held
+            grads = kv if index < len(steps) - 1 else 0
+            moments.append((f"backward of {number}", text, saved, extra, grads))
         at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))  # type: ignore[assignment]
         names = ("text encoder", "saved by steps", "at work", "gradients")
         kinds = {**self.static, **dict(zip(names, amounts, strict=True))}
@@ -180,11 +170,11 @@ class StepEstimate:
 
     def _fixed_moments(self, batch: int) -> list[tuple[str, int, int, int, int]]:
         """Where, text activations, saved by steps, at work, gradients of the text keys: what no plan changes."""
-        text = self.text.held.at(batch)
+        text, kv = self.text.held.at(batch), self.kv_bytes.at(batch)
         return [
             ("text encoder", 0, 0, self.text.forward_peak.at(batch), 0),
-            ("prefix", text, 0, self.prefix.forward_peak.at(batch), 0),
-            ("text encoder, backward", text, 0, self.text.backward_extra.at(batch), self.kv_bytes.at(batch)),
+            ("prefix", text, 0, self.prefix.forward_peak.at(batch) + kv, 0),  # it has text keys of its own
+            ("text encoder, backward", text, 0, self.text.backward_extra.at(batch), kv),
             ("optimiser", 0, 0, self.update_bytes, 0),
         ]
 
@@ -235,9 +225,12 @@ class StepEstimate:
             return Work(ops=ops, attention=frozenset(row["attention"]), uncounted=frozenset(row["uncounted"]))
 
         def cost(row: Mapping[str, Any]) -> Cost:
-            lines = {name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra")}
-            first = None if row["first_held"] is None else Line(**row["first_held"])
-            return Cost(**lines, first_held=first, forward=work(row["forward"]), backward=work(row["backward"]))
+            lines: dict[str, Any] = {
+                name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra")
+            }
+            for name in ("first_held", "first_extra"):
+                lines[name] = None if row[name] is None else Line(**row[name])
+            return Cost(**lines, forward=work(row["forward"]), backward=work(row["backward"]))
 
         costs: dict[str, Any] = {name: cost(rows[name]) for name in ("text", "prefix")}
         for group in ("steps", "heads"):
@@ -247,90 +240,3 @@ class StepEstimate:
 
 def _works(cost: Cost) -> tuple[Work, Work]:
     return cost.forward, cost.backward
-
-
-def work_seconds(work: Work, card: Card, *, dtype: str, samples: int) -> float:
-    """Roofline time: every op takes its products, its traffic or its launch, whichever is longest."""
-    rate, bandwidth = card.matmul_flops[dtype], card.bandwidth * card.share("bandwidth")
-    total = 0.0
-    for op, count in work.ops.items():
-        product = op.flops * samples / (rate * card.share(op.kind))
-        traffic = (op.moved_bytes * samples + op.weight_bytes) / bandwidth
-        total += count * max(product, traffic, card.launch_seconds)
-    return total
-
-
-def static_bytes(
-    *, frozen: Mapping[str, int], num_trained: int, world_size: int = 1, max_bucket: int
-) -> tuple[dict[str, int], int]:
-    """(bytes by kind that stay, bytes while the optimiser runs) under ZeRO-2 with float32 parameters.
-
-    Args:
-        frozen: bytes by kind of what is not trained, and of untrained parts of the trained module.
-        num_trained: trained parameters.
-        world_size: ranks that share masters, moments and gradients.
-        max_bucket: elements of the largest reduction bucket.
-    """
-    shard = math.ceil(4 * num_trained / world_size)
-    kinds = {
-        **frozen,
-        "trained weights": 4 * num_trained,
-        "masters and moments": 3 * shard,
-        "gradient bucket": 4 * min(num_trained, max_bucket),
-    }
-    return kinds, 2 * shard
-
-
-def measure(
-    run: Callable[[int], tuple[Tensor, ...]], *, weights: Iterable[Tensor], backward: bool = True
-) -> Cost:
-    """Cost of a phase that is a function of the number of samples, taken at one and two samples.
-
-    Args:
-        run: what the phase leaves behind; its sum is back-propagated.
-        weights: what is there before.
-        backward: whether it has one.
-    """
-    one, two = (_measure_once(lambda n=n: run(n), weights=weights, backward=backward) for n in (1, 2))  # type: ignore[misc]
-    lines = [Line.through(a, b) for a, b in zip(one[:3], two[:3], strict=True)]
-    return Cost(held=lines[0], forward_peak=lines[1], backward_extra=lines[2], forward=one[3], backward=one[4])
-
-
-def measure_step(
-    step: Callable[[Tensor], Tensor], latents: Tensor, *, weights: Iterable[Tensor], backward: bool = True
-) -> Cost:
-    """Cost of one denoising step on one sample; everything in it is proportional to the batch.
-
-    Args:
-        step: latents in, latents out.
-        latents: ``(1, C, h, w)``.
-        weights: what is there before, the text keys included.
-        backward: False for a step without gradient.
-    """
-    weights = [*weights, latents]
-    start = latents.detach().requires_grad_(backward)
-    held, forward_peak, extra, forward, work = _measure_once(
-        lambda: (step(start),), weights=weights, backward=backward
-    )
-    first = None
-    if backward:
-        first = Line(each=_measure_once(lambda: (step(latents),), weights=weights, backward=False)[0])
-    return Cost(
-        held=Line(each=held), forward_peak=Line(each=forward_peak), backward_extra=Line(each=extra), first_held=first,
-        forward=forward, backward=work,
-    )  # fmt: skip
-
-
-def _measure_once(
-    run: Callable[[], tuple[Tensor, ...]], *, weights: Iterable[Tensor], backward: bool
-) -> tuple[int, int, int, Work, Work]:
-    """(held, forward peak, backward extra, forward work, backward work)."""
-    with AllocationTracker(weights) as tracker:
-        outputs = run()
-        held, forward_peak, forward = tracker.live, tracker.peak, tracker.work()
-        if not backward:
-            return held, forward_peak, 0, forward, Work(ops={})
-        tracker.restart()
-        roots = [output for output in outputs if output.requires_grad]
-        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-        return held, forward_peak, tracker.peak - held, forward, tracker.work()

@@ -189,10 +189,11 @@ class Planner:
         fits = [s for s in smaller if self.frontier(depth, batch_size=s)[-1].peak_bytes <= self.budget_bytes]
         remedies = [f"batch {fits[-1]} would fit here"] if fits else []
         remedies.append(f"it would fit {', '.join(cards)}" if cards else "it would fit none of the cards known by name")
+        need, budget = least.peak_bytes / 2**30, self.budget_bytes / 2**30
         return (
-            f"nothing fits on {self.card.name}: batch {batch} at depth {depth} takes at least "
-            f"{least.peak_bytes / 2**30:.2f} GiB ({least.describe()}), the budget is {self.budget_bytes / 2**30:.2f} GiB, "
-            f"short by {(least.peak_bytes - self.budget_bytes) / 2**30:.2f} GiB; {'; '.join(remedies)}"
+            f"nothing fits on {self.card.name}: batch {batch} at depth {depth} takes at least {need:.2f} GiB "
+            f"({least.describe()}), the budget is {budget:.2f} GiB, short by {need - budget:.2f} GiB; "
+            f"{'; '.join(remedies)}"
         )
 
 
@@ -205,16 +206,15 @@ class _Chain:
         self.floor = estimate.floor_bytes(batch)
         self._costs = {
             name: (
-                (cost.held if cost.first_held is None or not first_only else cost.first_held).at(batch),
-                (cost.first_held or cost.held).at(batch),
+                cost.step_bytes(batch, first=first_only),
+                cost.step_bytes(batch, first=True),
                 cost.forward_peak.at(batch),
-                cost.backward_extra.at(batch),
             )
             for name, cost in estimate.steps.items()
         }
 
     def held(self, name: str) -> int:
-        return self._costs[name][0]
+        return self._costs[name][0][0]
 
     def peak(self, steps: Sequence[str]) -> tuple[int, int]:
         """(bytes above the static ones at the highest point outside the decode, bytes saved by all steps).
@@ -223,7 +223,7 @@ class _Chain:
         """
         last = len(steps) - 1
         turn = steps.count(steps[0]) - 1  # the last step of the first treatment
-        first_held = self._costs[steps[0]][1]
+        first_held = self._costs[steps[0]][1][0]
 
         def saved(index: int) -> int:
             """Bytes saved by the steps up to and with ``index``."""
@@ -231,11 +231,12 @@ class _Chain:
             return first_held + light * self.held(steps[0]) + max(0, index - turn) * self.held(steps[-1])
 
         peak = self.floor
-        for index in {0, turn, min(turn + 1, last), max(0, last - 1), last}:
-            _, _, forward, extra = self._costs[steps[index]]
+        for index in {0, turn, max(0, last - 1), last}:
+            (_, extra), (_, first_extra), forward = self._costs[steps[index]]
             before = saved(index - 1) if index else 0
             grads = self.kv if index < last else 0
-            peak = max(peak, self.text + before + forward, self.text + saved(index) + extra + grads)
+            backward = saved(index) + (extra if index else first_extra) + grads
+            peak = max(peak, self.text + before + forward, self.text + backward)
         return peak, saved(last)
 
 

@@ -3,6 +3,7 @@
 Works the same on real, fake and meta tensors, so a prediction and a measurement count by one rule.
 """
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _CONV = {"convolution", "convolution_backward", "_convolution", "frozen_conv2d"}
-_ATTENTION = ("attention", "sdpa")
+_COMPOSITE = "scaled_dot_product_attention"  # seen in inference mode only; what it becomes there has no name here
 
 
 class Op(NamedTuple):
@@ -73,28 +73,21 @@ class AllocationTracker(TorchDispatchMode):
 
     def work(self) -> Work:
         """What ran since the last `restart`."""
-        return Work(
-            ops=dict(self._calls), attention=frozenset(self._attention), uncounted=frozenset(self._uncounted)
-        )
+        return Work(ops=dict(self._calls), attention=frozenset(self._attention), uncounted=frozenset(self._uncounted))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = func._overloadpacket
-        if packet not in flop_registry and func.namespace == "aten":
+        traits = _traits(func)
+        if traits.composite:
             with self:  # inference mode shows composite ops whole
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        returns = func._schema.returns
-        aliases = returns and all(item.alias_info is not None for item in returns)
-        if not aliases:
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            for tensor in outputs:
-                self._add(tensor)
-            self._count(func, args, kwargs, result, outputs)
-        elif returns[0].alias_info.is_write:
-            self._count(func, args, kwargs, result, [])
+        if traits.view:
+            return result
+        outputs = [] if traits.in_place else _tensors((result,))
+        for tensor in outputs:
+            self._add(tensor)
+        self._count(traits, args, kwargs, result, outputs)
         return result
 
     def _add(self, tensor: Tensor) -> None:
@@ -111,25 +104,66 @@ class AllocationTracker(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _count(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> None:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    def _count(self, traits: "_Traits", args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> None:
+        inputs = _tensors((*args, *kwargs.values()))
         weight_bytes = sum(_nbytes(leaf) for leaf in inputs if leaf.untyped_storage()._cdata in self._weights)
-        moved_bytes = sum(_nbytes(leaf) for leaf in (*inputs, *outputs)) - weight_bytes
-        name = func._overloadpacket.__name__
-        kind, flops = "other", 0
-        if any(word in name for word in _ATTENTION):
-            kind = "attention"
-            self._attention.add(f"{func.namespace}.{name}")
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            flops = int(formula(*args, **kwargs, out_val=result))
-        elif name.startswith("_scaled_dot_product"):
-            flops = _attention_flops(inputs, backward=name.endswith("backward"))
-        elif func.namespace == "fastcraft":
-            self._uncounted.add(f"fastcraft.{name}")
-        if flops and kind == "other":
-            kind = "conv" if name in _CONV else "linear"
+        moved_bytes = sum(map(_nbytes, inputs)) + sum(map(_nbytes, outputs)) - weight_bytes
+        kind, flops = traits.kind, 0
+        if traits.formula is not None:
+            flops = int(traits.formula(*args, **kwargs, out_val=result))
+        elif traits.attends:
+            flops = _attention_flops(inputs, backward=traits.name.endswith("backward"))
+        elif traits.name.startswith("fastcraft."):
+            self._uncounted.add(traits.name)
+        if kind == "attention" and not traits.name.endswith("." + _COMPOSITE):
+            self._attention.add(traits.name)
         self._calls[Op(kind, flops, moved_bytes, weight_bytes)] += 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Traits:
+    """What is known of an op without its arguments."""
+
+    name: str  # "aten.addmm"
+    kind: str
+    composite: bool  # to be taken apart
+    view: bool
+    in_place: bool
+    attends: bool  # an attention op for which PyTorch has no FLOP formula
+    formula: Any
+
+
+@functools.cache
+def _traits(func: Any) -> _Traits:
+    packet, schema, name = func._overloadpacket, func._schema, func._overloadpacket.__name__
+    formula = flop_registry.get(packet)
+    aliases = [item.alias_info for item in schema.returns]
+    aliased = bool(aliases) and all(alias is not None for alias in aliases)
+    written = aliased and aliases[0].is_write
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    kind = "attention" if "attention" in name else "other"
+    if formula is not None and kind == "other":
+        kind = "conv" if name in _CONV else "linear"
+    return _Traits(
+        name=f"{func.namespace}.{name}",
+        kind=kind,
+        composite=composite and formula is None and func.namespace == "aten" and name != _COMPOSITE,
+        view=aliased and not written,
+        in_place=written,
+        attends=formula is None and "scaled_dot_product" in name,
+        formula=formula,
+    )
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Tensors among ``values`` and inside their lists and tuples."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -1,24 +1,25 @@
 """The estimate: one rule of counting for real, fake and meta tensors; and a sum of phases that meets the whole step."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
-from fastcraft.forecast import TREATMENTS, Networks, estimate_step, hollow, networks_from_configs
-from fastcraft.memory.architectures import MODELS
+from fastcraft.forecast.networks import Networks
+from fastcraft.forecast.phases import TREATMENTS, estimate_step
 from fastcraft.memory.cards import CARDS
-from fastcraft.memory.estimate import Line, StepEstimate, static_bytes, work_seconds
-from fastcraft.memory.tracker import AllocationTracker, Op, Work, bytes_of
+from fastcraft.memory.tracker import AllocationTracker
 from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackprop
 from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, PromptBatch, RewardOutput
 from fastcraft.text.encoder import split_encoders
 from fastcraft.text.prompt_encoder import PromptEncoder
 
 MIB = 2**20
+PLANS = [
+    (KEEP,), (KEEP,) * 4, (RECOMPUTE, RECOMPUTE, KEEP), ("sac:attention", "sac:attention+conv"),
+    *((name,) * 3 for name in TREATMENTS),
+]  # fmt: skip
 
 
 class Smooth(nn.Module):
@@ -71,11 +72,14 @@ def true_peak(tiny, plan, batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_sum_of_phases_meets_a_real_step(tiny, estimate, batch_size):
-    for steps in [(KEEP,), (RECOMPUTE,) * 4, (RECOMPUTE, RECOMPUTE, KEEP), (KEEP,) * 4]:
-        plan = CheckpointPlan(steps=steps, decode=KEEP)
+    plans = [CheckpointPlan(steps=steps, decode=KEEP) for steps in PLANS]
+    plans += [CheckpointPlan(steps=(KEEP,) * 4, segments=(2, 2)), CheckpointPlan(steps=(KEEP,), decode_micro_batch=2)]
+    for plan in plans:
         predicted = estimate.predict(
-            plan, batch_size=batch_size, num_inference_steps=len(steps) + 2, card=CARDS["h200"]
+            plan, batch_size=batch_size, num_inference_steps=len(plan.steps) + 2, card=CARDS["h200"]
         )
         measured = true_peak(tiny, plan, batch_size)
         above_weights = predicted.peak_bytes - estimate.static_bytes
-        assert above_weights == pytest.approx(measured, rel=0.03), steps
+        # gradients of the text keys are counted beside a step's highest point, which they may come after
+        spare = estimate.kv_bytes.at(batch_size)
+        assert 0.99 * measured <= above_weights <= 1.02 * measured + spare, plan

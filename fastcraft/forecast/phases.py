@@ -1,54 +1,38 @@
-"""What an optimiser step will take, before it is run: the project's own code on tensors without contents.
+"""Every phase of a step, run once by the project's own code on tensors without contents.
 
 For a card, networks lie on the meta device and attention resolves to the fused op that the card would run; for a CPU
-they are fake CPU tensors, so that the CPU's own branches are taken. See `fastcraft.memory.estimate` for the sums.
+they are fake CPU tensors, so that the CPU's own branches are taken. `fastcraft.memory.estimate` adds the phases up.
 """
 
 import contextlib
 import copy
-import hashlib
-import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastcraft.diffusion.components import empty_networks, freeze
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.schedule import NoiseSchedule
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
+from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.unroll import denoise
-from fastcraft.memory.architectures import TOWERS
-from fastcraft.memory.estimate import Cost, Line, StepEstimate, measure, measure_step, static_bytes
+from fastcraft.forecast.networks import Networks
+from fastcraft.memory.cost import Cost, Line, measure, measure_step, static_bytes
+from fastcraft.memory.estimate import StepEstimate
 from fastcraft.memory.tracker import Work, bytes_of
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, RewardOutput, TextKV, Trajectory
-from fastcraft.rewards.preprocess import resize_normalize
-from fastcraft.text.encoder import TextEncoder
+from fastcraft.records import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan, TextKV, Trajectory
 
-TREATMENTS = (KEEP, RECOMPUTE)
+TREATMENTS = (
+    KEEP, "sac:attention+conv+linear", "sac:attention+conv", "sac:conv", "sac:attention", RECOMPUTE, RECOMPUTE_BLOCKS,
+)  # fmt: skip
+"""What a step with gradient is weighed under: no other choice of ops avoids more recompute per byte (measured)."""
+DECODES = (KEEP, RECOMPUTE, RECOMPUTE_BLOCKS)
+"""The same for the decode."""
 _MAX_BUCKET = 50_000_000  # as fastcraft.engine.ds_config fills it in
-
-
-@dataclass(frozen=True, kw_only=True)
-class Networks:
-    """What a step runs, with or without contents; ``rewards`` is called with (images, prompts) as `WeightedRewards`."""
-
-    name: str
-    unet: Any
-    vae: Any
-    text_encoders: Sequence[TextEncoder]
-    rewards: nn.Module
-    latent_shape: tuple[int, int, int]
-    pixels_per_latent: int
-    dtype: torch.dtype
-    text_length: int = 77
 
 
 def estimate_step(
@@ -65,7 +49,7 @@ def estimate_step(
         world_size: ranks of ZeRO-2.
         treatments: of a step with gradient, to be weighed.
     """
-    with (FakeTensorMode() if on_cpu else _card_attention()):
+    with FakeTensorMode() if on_cpu else _card_attention():
         return _Forecast(networks, guided=guided, device="cpu" if on_cpu else "meta").estimate(
             uncond_trained=uncond_trained, world_size=world_size, treatments=treatments
         )
@@ -118,7 +102,7 @@ class _Forecast:
             },
             heads={
                 name: measure(lambda n, name=name: self._head(n, name), weights=self.weights)  # type: ignore[misc]
-                for name in (KEEP, RECOMPUTE)
+                for name in DECODES
             },
         )
 
@@ -128,7 +112,7 @@ class _Forecast:
         return TextKV(layers=dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True)))
 
     def _keys(self, samples: int) -> tuple[Tensor, ...]:
-        """Keys and values of the trained encoder, with gradient, and of the original's."""
+        """Keys and values of the trained encoder, with gradient."""
         width, dtype = self.unet.config.cross_attention_dim, self.networks.dtype
         shape = (samples, self.networks.text_length, width)
         cond = torch.empty(shape, device=self.device, dtype=dtype, requires_grad=True)
@@ -175,9 +159,8 @@ class _Forecast:
 
 
 def _join(text: Cost, kv: Cost) -> Cost:
-    """Encoding and projecting, one after the other; the prefix has keys and values of its own, from the original."""
-    other = kv.held
-    held = Line(fixed=text.held.fixed + kv.held.fixed + other.fixed, each=text.held.each + kv.held.each + other.each)
+    """Encoding and projecting, one after the other."""
+    held = Line(fixed=text.held.fixed + kv.held.fixed, each=text.held.each + kv.held.each)
     return Cost(
         held=held, forward_peak=held, backward_extra=text.backward_extra,
         forward=_both(text.forward, kv.forward), backward=_both(text.backward, kv.backward),
@@ -215,7 +198,9 @@ def _card_attention() -> Iterator[None]:
         causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         if query.dtype != torch.float32 and query.shape[-1] <= 256 and mask is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, scale=scale)[0]
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, scale=scale)[
+                0
+            ]
         keeps = any(tensor.requires_grad for tensor in (query, key, value))
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, mask, keeps, dropout, causal, scale=scale
@@ -224,52 +209,3 @@ def _card_attention() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("scaled_dot_product_attention", attend, "AutogradMeta")
         yield
-
-
-class TowerRewards(nn.Module):
-    """Image towers of published rewards without weights: what they cost, not what they say.
-
-    Args:
-        towers: names of `TOWERS`; each is run once.
-        dtype: of the towers.
-    """
-
-    def __init__(self, towers: Sequence[str], *, dtype: torch.dtype) -> None:
-        super().__init__()
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-        with torch.device("meta"):
-            models = [CLIPVisionModelWithProjection(CLIPVisionConfig(**TOWERS[name])) for name in towers]
-        self.towers = nn.ModuleList(freeze(model).to(dtype) for model in models)
-        self.dtype = dtype
-
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """``(B, 3, H, W)`` to a total of ``(B,)`` float32."""
-        total = images.mean(dim=(1, 2, 3)) * 0
-        for tower in self.towers:
-            pixels = resize_normalize(images, tower.config.image_size)
-            total = total + tower(pixel_values=pixels.to(self.dtype)).image_embeds.float().sum(dim=-1)
-        return RewardOutput(total=total, parts={})
-
-
-def networks_from_configs(
-    name: str, configs: Mapping[str, Any], *, towers: Sequence[str], dtype: torch.dtype, resolution: int = 0
-) -> Networks:
-    """Networks without weights.
-
-    Args:
-        name: for people.
-        configs: ``unet``, ``vae`` and ``text_encoders``, as `fastcraft.memory.architectures.MODELS`.
-        towers: names of `TOWERS` that the rewards look through.
-        dtype: of everything frozen.
-        resolution: pixels; 0 = the model's own.
-    """
-    unet, vae, texts = empty_networks(configs["unet"], configs["vae"], configs["text_encoders"], dtype=dtype)
-    use_text_kv(unet)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = resolution // factor if resolution else unet.config.sample_size
-    return Networks(
-        name=name, unet=unet, vae=vae, text_encoders=[TextEncoder(text) for text in texts],
-        rewards=TowerRewards(towers, dtype=dtype), latent_shape=(unet.config.in_channels, size, size),
-        pixels_per_latent=factor, dtype=dtype, text_length=texts[0].config.max_position_embeddings,
-    )  # fmt: skip
