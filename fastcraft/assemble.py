@@ -1,22 +1,25 @@
 """From a recipe to its parts: the only place that reads the whole recipe and hands plain arguments on."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcraft.data.order import PromptOrder
 from fastcraft.data.prompts import load_prompts
 from fastcraft.diffusion.components import Components, load_components
 from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
-from fastcraft.memory.policies import POLICIES
+from fastcraft.memory.policies import plan_maker
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
 from fastcraft.recipe import Recipe
@@ -28,6 +31,7 @@ from fastcraft.text.prompt_encoder import PromptEncoder
 from fastcraft.text.tokenize import tokenize
 
 MAX_COUNTED = 100_000
+_ENTRY_HEADER = 512  # bytes that a file of the prefix store has besides its latents, at most
 SHAPES = Path(__file__).parent / "shapes"
 
 
@@ -60,7 +64,12 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     dtype = getattr(torch, recipe.train.dtype)
     if not recipe.rewards:
         raise UserError("rewards: at least one [[rewards]] table is required, got none")
-    policy = POLICIES.get(recipe.memory.policy)()
+    make_plan = plan_maker(
+        recipe.memory.policy,
+        backprop_steps=recipe.objective.backprop_steps,
+        decode_micro_batch=recipe.memory.decode_micro_batch,
+        device_type=device.type,
+    )
     sampler_class = SAMPLERS.get(recipe.sampler.name)
     OBJECTIVES.get(recipe.objective.name)
     if not recipe.prompts.path:
@@ -111,7 +120,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         prompts_summary=source.summary() + num_truncated,
         evaluation_prompts=_evaluation_prompts(recipe, source.prompts),
         exam=exam,
-        make_plan=partial(policy.plan, decode_micro_batch=recipe.memory.decode_micro_batch),
+        make_plan=make_plan,
     )
 
 
@@ -146,8 +155,49 @@ def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tens
             anchor_weight=settings.anchor_weight,
         ),
         seed=recipe.train.seed,
+        prefixes=_prefixes(recipe, parts) if recipe.memory.keeps_prefixes else None,
     )
     return objective, encoder
+
+
+def make_order(recipe: Recipe, parts: Parts, *, world_size: int) -> PromptOrder:
+    """Which prompts and noise every micro-step of every rank gets.
+
+    Raises:
+        UserError: pairs are to be reused, and the pool does not divide into micro-batches or does not fit the store.
+    """
+    memory, samples = recipe.memory, recipe.train.batch_size * world_size
+    if memory.prefix_reuse > 1:
+        if memory.prefix_pool % samples:
+            raise UserError(
+                f"memory.prefix_pool must be a multiple of train.batch_size x ranks ({recipe.train.batch_size} x "
+                f"{world_size}), got {memory.prefix_pool}"
+            )
+        held = memory.prefix_pool // (world_size if memory.prefix_store == "memory" else 1)
+        need = held * (4 * math.prod(parts.image_model.latent_shape) + _ENTRY_HEADER)
+        if need > memory.prefix_store_mib * 2**20:
+            raise UserError(
+                f"memory.prefix_store_mib must hold the {held} latents of the pool, at least "
+                f"{math.ceil(need / 2**20)}, got {memory.prefix_store_mib}"
+            )
+    return PromptOrder(parts.prompts, seed=recipe.train.seed, reuse=memory.prefix_reuse, pool=memory.prefix_pool)
+
+
+def _prefixes(recipe: Recipe, parts: Parts) -> Prefixes:
+    memory, model = recipe.memory, parts.image_model
+    max_bytes = memory.prefix_store_mib * 2**20
+    if memory.prefix_store == "memory":
+        return Prefixes(store=MemoryStore(max_bytes=max_bytes), context="")  # one model for its whole life
+    settings = {
+        "num_frozen_steps": recipe.sampler.num_inference_steps - recipe.objective.backprop_steps,
+        "sampler": dataclasses.asdict(recipe.sampler),
+        "schedule": dataclasses.asdict(parts.components.schedule),
+        "latent_shape": model.latent_shape,
+        "device": model.device.type,
+        "kernels": recipe.kernels.backend,
+    }
+    context = prefix_context([model.unet, parts.original], settings)
+    return Prefixes(store=DiskStore(Path(memory.prefix_store).expanduser(), max_bytes=max_bytes), context=context)
 
 
 def prompt_file(path: str) -> Path:

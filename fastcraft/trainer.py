@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastcraft.assemble import Parts, make_objective
-from fastcraft.data.order import PromptOrder, sample_seed
+from fastcraft.assemble import Parts, make_objective, make_order
+from fastcraft.data.order import sample_seed
 from fastcraft.engine.agreement import agree, from_rank_zero, gather, mean_over_ranks, rank, world_size
 from fastcraft.engine.checkpoint import Checkpoint, CheckpointError, restore_rng, rng_tensors, save_checkpoint
 from fastcraft.engine.interrupt import Interrupt, StopRequested
@@ -59,7 +59,7 @@ class Trainer:
         self.done = 0
         self.record = record
         self.objective, self.text = make_objective(recipe, self.parts, engine)
-        self.order = PromptOrder(parts.prompts, seed=recipe.train.seed)
+        self.order = make_order(recipe, parts, world_size=world_size())
         self.samples_seen = self.bad_steps = self.skipped_steps = 0
         self.saved = -1
         self.failed_saves = 0
