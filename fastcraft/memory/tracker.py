@@ -140,14 +140,16 @@ def _traits(func: Any) -> _Traits:
     aliases = [item.alias_info for item in schema.returns]
     aliased = bool(aliases) and all(alias is not None for alias in aliases)
     written = aliased and aliases[0].is_write
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    composite = func.namespace == "aten" and name != _COMPOSITE and formula is None
+    if composite:
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     kind = "attention" if "attention" in name else "other"
     if formula is not None and kind == "other":
         kind = "conv" if name in _CONV else "linear"
     return _Traits(
         name=f"{func.namespace}.{name}",
         kind=kind,
-        composite=composite and formula is None and func.namespace == "aten" and name != _COMPOSITE,
+        composite=composite,
         view=aliased and not written,
         in_place=written,
         attends=formula is None and "scaled_dot_product" in name,
