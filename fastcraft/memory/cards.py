@@ -20,8 +20,8 @@ LAUNCH_SECONDS = 5e-6
 """Time below which no op gets when launched one by one."""
 EFFICIENCY: Mapping[str, float] = {"conv": 0.55, "linear": 0.65, "attention": 0.40, "other": 0.50, "bandwidth": 0.75}
 """Share of the nominal rate that kernels of each kind reach, an assumption."""
-ERROR_BANDS = {"peak_bytes": 0.03, "seconds": 0.35}
-"""Relative error to expect: of the allocated peak (the gate for a calibrated card), and of a time."""
+ERROR_BANDS = {"peak_bytes": 0.05, "seconds": 0.35}
+"""Relative error to allow for until then: of the allocated peak, and of a time; assumptions too."""
 CALIBRATED = False
 """Whether the constants of this file have met a measurement on an accelerator."""
 

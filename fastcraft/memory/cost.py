@@ -46,6 +46,16 @@ class Cost:
     forward: Work
     backward: Work = field(default_factory=lambda: Work(ops={}))
 
+    @property
+    def works(self) -> tuple[Work, Work]:
+        """Forward and backward."""
+        return self.forward, self.backward
+
+    @property
+    def flops(self) -> int:
+        """Of both, for one sample."""
+        return self.forward.flops + self.backward.flops
+
     def step_bytes(self, samples: int, *, first: bool) -> tuple[int, int]:
         """(held, backward extra) of a denoising step."""
         held = self.first_held if first and self.first_held else self.held

@@ -17,6 +17,9 @@ from fastcraft.memory.cost import Cost, Line, work_seconds
 from fastcraft.memory.tracker import Op, Work
 from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan
 
+Region = tuple[str, Cost]
+"""A stretch of the chain that backward goes through at once, one step or a segment, and its name for people."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -77,16 +80,15 @@ class StepEstimate:
 
     @property
     def attention(self) -> tuple[str, ...]:
-        """Every attention op that ran in any phase."""
-        return tuple(sorted(set().union(*(c.forward.attention | c.backward.attention for c in self._costs()))))
+        """Every attention op of denoising, decode and rewards."""
+        costs = (self.prefix, *self.steps.values(), *self.heads.values())
+        return tuple(sorted(set().union(*(work.attention for cost in costs for work in cost.works))))
 
     @property
     def uncounted(self) -> tuple[str, ...]:
         """Fused ops whose FLOPs are unknown, and so are missing from every time."""
-        return tuple(sorted(set().union(*(c.forward.uncounted | c.backward.uncounted for c in self._costs()))))
-
-    def _costs(self) -> list[Cost]:
-        return [self.text, self.prefix, *self.steps.values(), *self.heads.values()]
+        costs = (self.text, self.prefix, *self.steps.values(), *self.heads.values())
+        return tuple(sorted(set().union(*(work.uncounted for cost in costs for work in cost.works))))
 
     @property
     def static_bytes(self) -> int:
@@ -111,23 +113,17 @@ class StepEstimate:
         unknown = sorted({*plan.steps} - self.steps.keys() | {plan.decode} - self.heads.keys())
         if unknown or (plan.segments and {*plan.steps} != {KEEP}):
             raise ValueError(f"predict: plan must use treatments that were estimated, got {unknown or plan}")
+        regions = [(name, self.steps[name]) for name in plan.steps]
         if plan.segments:
-            alone = replace(plan, steps=tuple(f"segment:{n}" for n in plan.segments), segments=())
-            estimate = replace(self, steps={f"segment:{n}": self._segment(n) for n in plan.segments})
-            fewer = len(plan.steps) - len(plan.segments)
-            return estimate.predict(
-                alone, batch_size=batch_size, num_inference_steps=num_inference_steps - fewer, card=card,
-                input_grad=input_grad,
-            )  # fmt: skip
-        held = [
-            self.steps[name].step_bytes(batch_size, first=index == 0 or not input_grad)
-            for index, name in enumerate(plan.steps)
+            regions = [(f"segment:{length}", self._segment(length)) for length in plan.segments]
+        saved = [
+            cost.step_bytes(batch_size, first=index == 0 or not input_grad) for index, (_, cost) in enumerate(regions)
         ]
-        peak_bytes, at, kinds = self._peak(plan, held, batch_size)
-        seconds, flops = self._time(plan, batch_size, num_inference_steps, card)
+        peak_bytes, at, kinds = self._peak(plan, regions, saved, batch_size)
+        seconds, flops = self._time(plan, regions, batch_size, num_inference_steps - len(plan.steps), card)
         return Prediction(
             batch_size=batch_size, peak_bytes=peak_bytes, at=at, bytes_by_kind=kinds,
-            saved_bytes=sum(saved for saved, _ in held),
+            saved_bytes=sum(held for held, _ in saved),
             seconds_by_phase=seconds, flops=flops,
         )  # fmt: skip
 
@@ -147,22 +143,22 @@ class StepEstimate:
         )  # fmt: skip
 
     def _peak(
-        self, plan: CheckpointPlan, steps: Sequence[tuple[int, int]], batch: int
+        self, plan: CheckpointPlan, regions: Sequence[Region], saved: Sequence[tuple[int, int]], batch: int
     ) -> tuple[int, str, dict[str, int]]:
-        """The highest of all phases: bytes, where, and what of; ``steps`` are (held, backward extra) of each."""
+        """The highest of all phases: bytes, where, and what of; ``saved`` are (held, backward extra) of each region."""
         text, kv = self.text.held.at(batch), self.kv_bytes.at(batch)
-        chunk = min(plan.decode_micro_batch or batch, batch)
+        chunk, all_saved = min(plan.decode_micro_batch or batch, batch), sum(held for held, _ in saved)
         moments = [
             *self._fixed_moments(batch),
-            ("decode and rewards", text, sum(held for held, _ in steps), self.head_bytes(plan.decode, chunk), 0),
+            ("decode and rewards", text, all_saved, self.head_bytes(plan.decode, chunk), 0),
         ]
-        saved = 0
-        for index, (name, (held, extra)) in enumerate(zip(plan.steps, steps, strict=True)):
-            number = f"step {index + 1} of {len(steps)} ({name})"
-            moments.append((f"forward of {number}", text, saved, self.steps[name].forward_peak.at(batch), 0))
-            saved += held
-            grads = kv if index < len(steps) - 1 else 0
-            moments.append((f"backward of {number}", text, saved, extra, grads))
+        before = 0
+        for index, ((name, cost), (held, extra)) in enumerate(zip(regions, saved, strict=True)):
+            number = f"step {index + 1} of {len(regions)} ({name})"
+            grads = kv if index < len(regions) - 1 else 0
+            moments.append((f"forward of {number}", text, before, cost.forward_peak.at(batch), 0))
+            moments.append((f"backward of {number}", text, before + held, extra, grads))
+            before += held
         at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))  # type: ignore[assignment]
         names = ("text encoder", "saved by steps", "at work", "gradients")
         kinds = {**self.static, **dict(zip(names, amounts, strict=True))}
@@ -187,24 +183,24 @@ class StepEstimate:
         head = self.heads[decode]
         return max(head.forward_peak.at(pictures), head.held.at(pictures) + head.backward_extra.at(pictures))
 
-    def _time(self, plan: CheckpointPlan, batch: int, total: int, card: Card) -> tuple[dict[str, float], int]:
+    def _time(
+        self, plan: CheckpointPlan, regions: Sequence[Region], batch: int, prefix_steps: int, card: Card
+    ) -> tuple[dict[str, float], int]:
         """Seconds by phase and FLOPs of one micro-step."""
-        chunk = min(plan.decode_micro_batch or batch, batch)
-        chunks, frozen_steps, head = math.ceil(batch / chunk), total - len(plan.steps), self.heads[plan.decode]
+        chunk, head = min(plan.decode_micro_batch or batch, batch), self.heads[plan.decode]
 
         def seconds(cost: Cost, samples: int) -> float:
-            return sum(work_seconds(work, card, dtype=self.dtype, samples=samples) for work in _works(cost))
+            return sum(work_seconds(work, card, dtype=self.dtype, samples=samples) for work in cost.works)
 
+        once = {name: seconds(cost, batch) for name, cost in dict(regions).items()}
         phases = {
             "text encoder": seconds(self.text, batch),
-            "prefix": frozen_steps * seconds(self.prefix, batch),
-            "steps with gradient": sum(
-                plan.steps.count(name) * seconds(self.steps[name], batch) for name in set(plan.steps)
-            ),
-            "decode and rewards": chunks * seconds(head, chunk),
+            "prefix": prefix_steps * seconds(self.prefix, batch),
+            "steps with gradient": sum(once[name] for name, _ in regions),
+            "decode and rewards": math.ceil(batch / chunk) * seconds(head, chunk),
         }
-        costs = [self.text, *([self.prefix] * frozen_steps), *(self.steps[name] for name in plan.steps), head]
-        return phases, batch * sum(work.flops for cost in costs for work in _works(cost))
+        flops = sum(cost.flops for cost in (self.text, head, *(cost for _, cost in regions)))
+        return phases, batch * (flops + prefix_steps * self.prefix.flops)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives it back."""
@@ -225,9 +221,7 @@ class StepEstimate:
             return Work(ops=ops, attention=frozenset(row["attention"]), uncounted=frozenset(row["uncounted"]))
 
         def cost(row: Mapping[str, Any]) -> Cost:
-            lines: dict[str, Any] = {
-                name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra")
-            }
+            lines: dict[str, Any] = {name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra")}
             for name in ("first_held", "first_extra"):
                 lines[name] = None if row[name] is None else Line(**row[name])
             return Cost(**lines, forward=work(row["forward"]), backward=work(row["backward"]))
@@ -236,7 +230,3 @@ class StepEstimate:
         for group in ("steps", "heads"):
             costs[group] = {name: cost(row) for name, row in rows[group].items()}
         return cls(**{**rows, **costs, "kv_bytes": Line(**rows["kv_bytes"])})
-
-
-def _works(cost: Cost) -> tuple[Work, Work]:
-    return cost.forward, cost.backward

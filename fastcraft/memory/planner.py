@@ -6,11 +6,12 @@ their activations live shortest.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastcraft.errors import UserError
 from fastcraft.memory.cards import CARDS, Card
-from fastcraft.memory.estimate import Prediction, StepEstimate, work_seconds
+from fastcraft.memory.cost import Cost, work_seconds
+from fastcraft.memory.estimate import Prediction, StepEstimate
 from fastcraft.records import CheckpointPlan
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -122,6 +123,12 @@ class Planner:
             input_grad=self.input_grad,
         )  # fmt: skip
 
+    def weigh(self, plan: CheckpointPlan, *, batch_size: int) -> Choice:
+        """Any plan, whether it fits or not."""
+        choice = Choice(plan=plan, batch_size=batch_size, peak_bytes=0, seconds=0.0)
+        full = self.predict(choice)
+        return replace(choice, peak_bytes=full.peak_bytes, seconds=full.seconds)
+
     def step_down(self, backprop_steps: int, *, batch_size: int) -> Choice | None:
         """After the chosen plan ran out of memory: lower the budget to `STEP_DOWN` of what it was predicted to take.
 
@@ -140,7 +147,7 @@ class Planner:
         """Every pair of treatments, every split, every way to decode."""
         chain = _Chain(self.estimate, batch, first_only=not self.input_grad)
         names = sorted(self.estimate.steps, key=chain.held)
-        seconds = {name: self._seconds(name, batch) for name in names}
+        seconds = {name: self._seconds(self.estimate.steps[name], batch) for name in names}
         frozen = self._frozen_seconds(depth, batch)
         heads = self._heads(batch)
         for i, light in enumerate(names):
@@ -162,8 +169,7 @@ class Planner:
         for name, cost in self.estimate.heads.items():
             for size in sizes:
                 calls = -(-batch // size)
-                works = (cost.forward, cost.backward)
-                time = calls * sum(work_seconds(w, self.card, dtype=self.estimate.dtype, samples=size) for w in works)
+                time = calls * self._seconds(cost, size)
                 rows.append((time, self.estimate.head_bytes(name, size), name, 0 if size == batch else size))
         rows.sort(key=lambda row: row[:2])
         front: list[tuple[float, int, str, int]] = []
@@ -172,15 +178,12 @@ class Planner:
                 front.append(row)
         return front
 
-    def _seconds(self, name: str, batch: int) -> float:
-        cost = self.estimate.steps[name]
-        works = (cost.forward, cost.backward)
-        return sum(work_seconds(work, self.card, dtype=self.estimate.dtype, samples=batch) for work in works)
+    def _seconds(self, cost: Cost, batch: int) -> float:
+        return sum(work_seconds(w, self.card, dtype=self.estimate.dtype, samples=batch) for w in cost.works)
 
     def _frozen_seconds(self, depth: int, batch: int) -> float:
-        estimate, steps = self.estimate, self.num_inference_steps - depth
-        works = [(estimate.text.forward, 1), (estimate.text.backward, 1), (estimate.prefix.forward, steps)]
-        return sum(n * work_seconds(work, self.card, dtype=estimate.dtype, samples=batch) for work, n in works)
+        steps = self.num_inference_steps - depth
+        return self._seconds(self.estimate.text, batch) + steps * self._seconds(self.estimate.prefix, batch)
 
     def _why_not(self, depth: int, batch: int) -> str:
         least = self.frontier(depth, batch_size=batch)[-1]
