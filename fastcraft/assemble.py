@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
+from fastcraft.forecast.auto import planner_of
+from fastcraft.forecast.networks import Networks, networks_of
+from fastcraft.memory.planner import AutoPlan, Planner
 from fastcraft.memory.policies import plan_maker
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
@@ -49,6 +53,7 @@ class Parts:
     evaluation_prompts: list[str]
     exam: Exam | None
     make_plan: Callable[[int], CheckpointPlan]
+    auto: AutoPlan | None = None
 
 
 def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
@@ -64,12 +69,14 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     dtype = getattr(torch, recipe.train.dtype)
     if not recipe.rewards:
         raise UserError("rewards: at least one [[rewards]] table is required, got none")
-    make_plan = plan_maker(
-        recipe.memory.policy,
-        backprop_steps=recipe.objective.backprop_steps,
-        decode_micro_batch=recipe.memory.decode_micro_batch,
-        device_type=device.type,
-    )
+    make_plan: Callable[[int], CheckpointPlan] | None = None
+    if recipe.memory.policy != "auto":
+        make_plan = plan_maker(
+            recipe.memory.policy,
+            backprop_steps=recipe.objective.backprop_steps,
+            decode_micro_batch=recipe.memory.decode_micro_batch,
+            device_type=device.type,
+        )
     sampler_class = SAMPLERS.get(recipe.sampler.name)
     OBJECTIVES.get(recipe.objective.name)
     if not recipe.prompts.path:
@@ -97,6 +104,17 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         eta=recipe.sampler.eta,
         spacing=recipe.sampler.timestep_spacing,
     )
+    rewards = build_rewards(
+        [(reward.name, reward.weight, reward.path, reward.options) for reward in recipe.rewards],
+        device=device,
+        dtype=dtype,
+        bundled=SHAPES / "weights" / "reward",
+        normalize=recipe.objective.normalize_rewards,
+    )
+    auto = None
+    if make_plan is None:
+        auto = _auto(recipe, networks_of(components, trained, rewards, name=recipe.model.path), device)
+        make_plan = auto.plan
     return Parts(
         components=components,
         trained=trained,
@@ -109,19 +127,36 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
             latent_shape=components.latent_shape,
             device=device,
         ),
-        rewards=build_rewards(
-            [(reward.name, reward.weight, reward.path, reward.options) for reward in recipe.rewards],
-            device=device,
-            dtype=dtype,
-            bundled=SHAPES / "weights" / "reward",
-            normalize=recipe.objective.normalize_rewards,
-        ),
+        rewards=rewards,
         prompts=source.prompts,
         prompts_summary=source.summary() + num_truncated,
         evaluation_prompts=_evaluation_prompts(recipe, source.prompts),
         exam=exam,
         make_plan=make_plan,
+        auto=auto,
     )
+
+
+def run_planner(recipe: Recipe, networks: Networks, device: torch.device) -> Planner:
+    """A planner for a recipe's run on a device."""
+    return planner_of(
+        networks,
+        device=device,
+        guided=recipe.sampler.guidance_scale != 1,
+        uncond_trained=recipe.text.uncond_encoder == "trained",
+        num_inference_steps=recipe.sampler.num_inference_steps,
+        input_grad=recipe.objective.input_grad,
+        budget_gib=recipe.memory.budget_gib,
+        decode_micro_batch=recipe.memory.decode_micro_batch,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def _auto(recipe: Recipe, networks: Networks, device: torch.device) -> AutoPlan:
+    """The policy ``auto``, checked to fit before anything trains."""
+    auto = AutoPlan(run_planner(recipe, networks, device), batch_size=recipe.train.batch_size)
+    auto.choose(recipe.objective.backprop_steps)
+    return auto
 
 
 def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tensor]) -> tuple[Any, PromptEncoder]:

@@ -105,7 +105,10 @@ class RewardConfig:
 class MemoryConfig:
     policy: str = "step"
     """What the K steps keep for backward. none; step; step+block; sac:OPS, offload:OPS (OPS: attention, conv, linear,
-    norm, fastcraft or a fused op, joined by +); segment:k; last_k_live:k; plan:3*recompute,2*keep (one per step)."""
+    norm, fastcraft or a fused op, joined by +); segment:k; last_k_live:k; plan:3*recompute,2*keep (one per step); auto:
+    the fastest that is predicted to fit, and after an out-of-memory error the next one."""
+    budget_gib: float = 0.0
+    """With auto: what tensors may take at the peak, GiB; 0 = what the device has."""
     decode_micro_batch: int = 0
     """Images decoded and scored at once; 0 = the whole batch. Below the batch size, these go backward first."""
     prefix_reuse: int = 1
@@ -206,7 +209,7 @@ _AT_LEAST: dict[str, float] = {
     "model.resolution": 0, "prompts.max_characters": 1, "text.lora_rank": 1,
     "sampler.num_inference_steps": 1, "sampler.guidance_scale": 1, "sampler.eta": 0,
     "objective.backprop_steps": 1, "objective.truncation_std": 0, "objective.early_stop_steps": 0,
-    "objective.low_variance_draws": 1, "objective.anchor_weight": 0, "memory.decode_micro_batch": 0,
+    "objective.low_variance_draws": 1, "objective.anchor_weight": 0, "memory.decode_micro_batch": 0, "memory.budget_gib": 0,
     "memory.prefix_reuse": 1, "memory.prefix_pool": 1, "memory.prefix_store_mib": 1,
     "train.num_steps": 1, "train.batch_size": 1, "train.gradient_accumulation_steps": 1, "train.seed": 0,
     "train.eps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0, "train.warmup_steps": 0,

@@ -8,7 +8,7 @@ import torch
 from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks
 from fastcraft.memory.cards import CARDS, Card
-from fastcraft.memory.planner import AutoPlan, Planner
+from fastcraft.memory.planner import Planner
 
 CPU_FLOPS, CPU_BANDWIDTH = 1e11, 2e10
 """FLOP/s and bytes/s of a CPU: rough, only good to rank plans by."""
@@ -70,14 +70,3 @@ def planner_of(
         budget_bytes=int(budget_gib * 2**30) or None,
         decode_micro_batch=decode_micro_batch,
     )
-
-
-def auto_plan(planner: Planner, *, batch_size: int, backprop_steps: int) -> AutoPlan:
-    """The policy ``auto`` of a run.
-
-    Raises:
-        DoesNotFitError: not even the least plan fits, said before anything trains.
-    """
-    plan = AutoPlan(planner, batch_size=batch_size)
-    plan.choose(backprop_steps)
-    return plan

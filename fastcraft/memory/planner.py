@@ -261,8 +261,6 @@ class AutoPlan:
 
     def plan(self, backprop_steps: int) -> CheckpointPlan:
         """The plan for K = ``backprop_steps``."""
-        if backprop_steps < 1:
-            return CheckpointPlan(steps=())
         return self.choose(backprop_steps).plan
 
     def fall_back(self, backprop_steps: int) -> str | None:

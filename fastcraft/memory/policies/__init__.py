@@ -23,6 +23,7 @@ POLICIES = Registry(
         "segment": "fastcraft.memory.policies.segment:RecomputeSegments",
         "last_k_live": "fastcraft.memory.policies.last_k_live:KeepLast",
         "plan": "fastcraft.memory.policies.explicit:ExplicitPlan",
+        "auto": "fastcraft.memory.planner:AutoPlan",
     },
 )
 
