@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step] ...
 # Each part stays well under nine minutes and writes to $OUT (default benchmarks/results/<card>/).
+# LOOPS=published,repaired,... picks rows of the step benchmark where all of them take too long.
 # SMALL=1 rehearses the same commands at small sizes on a machine without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,8 +9,8 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERE
 card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
 OUT=${OUT:-benchmarks/results/$card}
 WORK=${WORK:-$(mktemp -d)}
-width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16
-if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32; fi
+width=1 resolution=512 steps=10 batches="4 8 16" dtype=bfloat16
+if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 dtype=float32; fi
 mkdir -p "$OUT" "$WORK"
 launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
 
@@ -37,11 +38,12 @@ for part in "$@"; do
         sd15) for batch in $batches; do sd15 "$batch"; done ;;
         step)
             models
-            python3 -m benchmarks.step --recipe textcraftor_sd15 --rounds "$rounds" --out "$OUT/step_sd15.json" \
+            python3 -m benchmarks.step --recipe textcraftor_sd15 --rounds 2 --turns 1 --batches "${batches// /,}" \
+                ${LOOPS:+--loops "$LOOPS"} --out "$OUT/step_sd15.json" \
                 --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
                 --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
-                --set train.batch_size="${batches%% *}" --set train.dtype="$dtype" ;;
+                --set train.dtype="$dtype" ;;
         *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step" >&2; exit 2 ;;
     esac
 done
