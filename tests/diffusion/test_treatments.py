@@ -78,7 +78,7 @@ def test_what_is_run_again_in_backward(tiny_parts, kept, treatment, runs):
 
 
 def test_offloading_gives_the_same_gradient_and_recomputes_no_more_than_sac(tiny_parts, kept):
-    """The bookkeeping on tensors of the CPU; the copies themselves are tests/test_gpu.py's."""
+    """The bookkeeping on tensors of the CPU; the copies themselves are test_offload.py's."""
     unet, (_, own, expected) = tiny_parts.components.unet, kept
     matches = partial(is_one_of, ("attention", "conv"))
     _, ops, gradient = step(unet, context_fn=partial(offload_contexts, matches))
