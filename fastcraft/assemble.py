@@ -69,14 +69,8 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     dtype = getattr(torch, recipe.train.dtype)
     if not recipe.rewards:
         raise UserError("rewards: at least one [[rewards]] table is required, got none")
-    make_plan: Callable[[int], CheckpointPlan] | None = None
     if recipe.memory.policy != "auto":
-        make_plan = plan_maker(
-            recipe.memory.policy,
-            backprop_steps=recipe.objective.backprop_steps,
-            decode_micro_batch=recipe.memory.decode_micro_batch,
-            device_type=device.type,
-        )
+        policy_of(recipe, None, device)  # a wrong name is said before anything is loaded
     sampler_class = SAMPLERS.get(recipe.sampler.name)
     OBJECTIVES.get(recipe.objective.name)
     if not recipe.prompts.path:
@@ -111,10 +105,8 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         bundled=SHAPES / "weights" / "reward",
         normalize=recipe.objective.normalize_rewards,
     )
-    auto = None
-    if make_plan is None:
-        auto = _auto(recipe, networks_of(components, trained, rewards, name=recipe.model.path), device)
-        make_plan = auto.plan
+    networks = networks_of(components, trained, rewards, name=recipe.model.path)
+    make_plan, auto = policy_of(recipe, networks, device)
     return Parts(
         components=components,
         trained=trained,
@@ -152,11 +144,28 @@ def run_planner(recipe: Recipe, networks: Networks, device: torch.device) -> Pla
     )
 
 
-def _auto(recipe: Recipe, networks: Networks, device: torch.device) -> AutoPlan:
-    """The policy ``auto``, checked to fit before anything trains."""
-    auto = AutoPlan(run_planner(recipe, networks, device), batch_size=recipe.train.batch_size)
-    auto.choose(recipe.objective.backprop_steps)
-    return auto
+def policy_of(
+    recipe: Recipe, networks: Networks | None, device: torch.device
+) -> tuple[Callable[[int], CheckpointPlan], AutoPlan | None]:
+    """The recipe's policy: from the number of steps with gradient to the plan; and the planner behind ``auto``.
+
+    Args:
+        recipe: of the run.
+        networks: what ``auto`` weighs; not needed for other policies.
+        device: where it trains.
+
+    Raises:
+        UserError: a policy that is not there or cannot be had here, or a budget that nothing meets.
+    """
+    depth, memory = recipe.objective.backprop_steps, recipe.memory
+    if memory.policy == "auto" and networks is not None:
+        auto = AutoPlan(run_planner(recipe, networks, device), batch_size=recipe.train.batch_size)
+        auto.choose(depth)
+        return auto.plan, auto
+    make = plan_maker(
+        memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type
+    )
+    return make, None
 
 
 def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tensor]) -> tuple[Any, PromptEncoder]:

@@ -50,7 +50,7 @@ class TowerRewards(nn.Module):
         """``(B, 3, H, W)`` to a total of ``(B,)`` float32."""
         total = images.mean(dim=(1, 2, 3)) * 0
         for tower in self.towers:
-            pixels = resize_normalize(images, tower.config.image_size)
+            pixels = resize_normalize(images, tower.config.image_size)  # type: ignore[union-attr, arg-type]
             total = total + tower(pixel_values=pixels.to(self.dtype)).image_embeds.float().sum(dim=-1)
         return RewardOutput(total=total, parts={})
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
@@ -49,7 +50,7 @@ def estimate_step(
         world_size: ranks of ZeRO-2.
         treatments: of a step with gradient, to be weighed.
     """
-    with FakeTensorMode() if on_cpu else _card_attention():
+    with FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else _card_attention():
         return _Forecast(networks, guided=guided, device="cpu" if on_cpu else "meta").estimate(
             uncond_trained=uncond_trained, world_size=world_size, treatments=treatments
         )
@@ -181,7 +182,8 @@ def hollow(module: nn.Module, device: str) -> Any:
         memo[id(tensor)] = (
             nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         )
-    return copy.deepcopy(module, memo)
+    with _disable_current_modes():  # what else a module holds, such as running statistics, is small and copied whole
+        return copy.deepcopy(module, memo)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
