@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
 from fastcraft.forecast.auto import planner_of
 from fastcraft.forecast.networks import Networks, networks_of
+from fastcraft.forecast.phases import TREATMENTS
 from fastcraft.memory.planner import AutoPlan, Planner
 from fastcraft.memory.policies import plan_maker
 from fastcraft.objectives import OBJECTIVES
@@ -129,8 +130,10 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     )
 
 
-def run_planner(recipe: Recipe, networks: Networks, device: torch.device) -> Planner:
-    """A planner for a recipe's run on a device."""
+def run_planner(
+    recipe: Recipe, networks: Networks, device: torch.device, *, treatments: Iterable[str] = TREATMENTS
+) -> Planner:
+    """A planner for a recipe's run on a device; ``treatments`` are what it can weigh."""
     return planner_of(
         networks,
         device=device,
@@ -141,6 +144,7 @@ def run_planner(recipe: Recipe, networks: Networks, device: torch.device) -> Pla
         budget_gib=recipe.memory.budget_gib,
         decode_micro_batch=recipe.memory.decode_micro_batch,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        treatments=treatments,
     )
 
 

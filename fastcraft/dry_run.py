@@ -3,9 +3,10 @@
 from fastcraft.assemble import Parts, run_planner
 from fastcraft.config import dump_recipe
 from fastcraft.forecast.networks import networks_of
+from fastcraft.forecast.phases import TREATMENTS
 from fastcraft.memory.cost import parameter_counts
 from fastcraft.recipe import Recipe
-from fastcraft.records import OFFLOAD
+from fastcraft.records import KEEP, OFFLOAD, RECOMPUTE
 
 
 def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
@@ -26,7 +27,8 @@ def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
     if any(name.startswith(OFFLOAD) for name in plan.steps):
         return "\n".join([*lines, "predicted   nothing: offloading is not part of the estimate"])
     networks = networks_of(parts.components, parts.trained, parts.rewards, name=recipe.model.path)
-    planner = run_planner(recipe, networks, model.device)
+    needed = TREATMENTS if parts.auto else {KEEP, RECOMPUTE, *plan.steps}
+    planner = run_planner(recipe, networks, model.device, treatments=needed)
     full = planner.predict(planner.weigh(plan, batch_size=train.batch_size))
     phases = ", ".join(f"{name} {seconds / full.seconds:.0%}" for name, seconds in full.seconds_by_phase.items())
     gflop = full.flops * train.gradient_accumulation_steps / 1e9

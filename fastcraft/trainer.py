@@ -99,7 +99,8 @@ class Trainer:
         if self.parts.image_model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.parts.image_model.device)
         outputs: list[LossOutput] = []
-        before, norms = (None if self.checked else self._clones()), {}
+        before = None if self.checked else self._clones()
+        norms: dict[str, float] = {}
         for micro in range(train.gradient_accumulation_steps):
             first = self.samples_seen + micro * world_size() * train.batch_size
             watched = before is not None and micro == train.gradient_accumulation_steps - 1

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from fastcraft.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastcraft.forecast.networks import Networks
     from fastcraft.memory.planner import Choice, Planner
+    from fastcraft.records import CheckpointPlan
 
 NAME = "plan"
 HELP = "predict memory and time of a training step on a card, and the plan and batch that suit it best"
@@ -44,14 +47,26 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0."""
     _check(args)
     from fastcraft.forecast.cache import cached_estimate
+    from fastcraft.forecast.phases import TREATMENTS
     from fastcraft.memory.cards import find_card
     from fastcraft.memory.planner import BATCH_SIZES, Planner
+    from fastcraft.memory.policies import plan_maker
+    from fastcraft.records import OFFLOAD
 
     card = find_card(args.device)
-    estimate = cached_estimate(networks(args), guided=args.guidance != 1, world_size=args.world_size)
+    make_plan = None
+    if args.policy != "auto":
+        make_plan = plan_maker(args.policy, backprop_steps=args.depth, decode_micro_batch=0, device_type="cuda")
+    named = set(make_plan(args.depth).steps) if make_plan else set()
+    if any(treatment.startswith(OFFLOAD) for treatment in named):
+        raise UserError(f"--policy: offloading is not part of the estimate, got {args.policy!r}")
+    estimate = cached_estimate(
+        networks(args), guided=args.guidance != 1, world_size=args.world_size,
+        treatments=tuple(sorted({*TREATMENTS, *named})),
+    )  # fmt: skip
     planner = Planner(estimate, card, num_inference_steps=args.steps)
     sizes = [args.batch] if args.batch else list(BATCH_SIZES)
-    rows = _rows(planner, args, sizes)
+    rows = _rows(planner, make_plan, args, sizes)
     best = max((row for row in rows if row.peak_bytes <= planner.budget_bytes), key=lambda row: row.samples_per_sec)
     print(_report(planner, best, rows, args))
     if args.json:
@@ -112,17 +127,18 @@ def _read(file: Path, argument: str) -> dict[str, Any]:
         raise UserError(f"{argument}: cannot read {file}: {error}") from error
 
 
-def _rows(planner: "Planner", args: argparse.Namespace, sizes: list[int]) -> list["Choice"]:
+def _rows(
+    planner: "Planner", make_plan: "Callable[[int], CheckpointPlan] | None", args: argparse.Namespace, sizes: list[int]
+) -> list["Choice"]:
     """The best choice at every batch that fits; under a named policy that policy's, fitting or not.
 
     Raises:
         UserError: nothing fits.
     """
     from fastcraft.memory.planner import Choice, DoesNotFitError
-    from fastcraft.memory.policies import plan_maker
 
     rows: list[Choice] = []
-    if args.policy == "auto":
+    if make_plan is None:
         for size in sizes:
             try:
                 rows.append(planner.choose(args.depth, batch_sizes=[size]))
@@ -131,9 +147,8 @@ def _rows(planner: "Planner", args: argparse.Namespace, sizes: list[int]) -> lis
                     raise
                 break
         return rows
-    make = plan_maker(args.policy, backprop_steps=args.depth, decode_micro_batch=0, device_type="cuda")
     for size in sizes:
-        row = planner.weigh(make(args.depth), batch_size=size)
+        row = planner.weigh(make_plan(args.depth), batch_size=size)
         rows.append(row)
         if row.peak_bytes > planner.budget_bytes:
             break

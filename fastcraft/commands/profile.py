@@ -77,7 +77,10 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     from fastcraft.assemble import assemble, make_objective, policy_of, run_planner
     from fastcraft.data.order import PromptOrder
     from fastcraft.forecast.networks import networks_of
+    from fastcraft.forecast.phases import TREATMENTS
+    from fastcraft.memory.planner import describe
     from fastcraft.memory.profile import measure_row
+    from fastcraft.records import OFFLOAD
 
     first = next(iter(recipes.values()))
     parts = assemble(first, device=device)
@@ -94,9 +97,12 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
 
     rows = []
     for (depth, name), recipe in recipes.items():
-        planner = run_planner(recipe, networks, device)
         make_plan, _ = policy_of(recipe, networks, device)
-        choice = planner.weigh(make_plan(depth), batch_size=size)
+        plan, predicted, static = make_plan(depth), None, 0
+        if not any(treatment.startswith(OFFLOAD) for treatment in plan.steps):  # not part of the estimate
+            planner = run_planner(recipe, networks, device, treatments={*TREATMENTS, *plan.steps})
+            predicted = planner.predict(planner.weigh(plan, batch_size=size))
+            static = planner.estimate.static_bytes
         objective, _ = make_objective(recipe, replace(parts, make_plan=make_plan), encode)
 
         def step(objective: Any = objective) -> torch.Tensor:
@@ -108,9 +114,9 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
                 step,
                 depth=depth,
                 policy=name,
-                plan=choice.describe(),
-                predicted=planner.predict(choice),
-                static_bytes=planner.estimate.static_bytes,
+                plan=describe(plan, batch_size=size),
+                predicted=predicted,
+                static_bytes=static,
                 weights=weights,
                 device=device,
                 repeats=repeats,

@@ -1,5 +1,6 @@
 """The planner of a run: its own networks on its own device."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import psutil
@@ -7,6 +8,7 @@ import torch
 
 from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks
+from fastcraft.forecast.phases import TREATMENTS
 from fastcraft.memory.cards import CARDS, Card
 from fastcraft.memory.planner import Planner
 
@@ -45,6 +47,7 @@ def planner_of(
     budget_gib: float = 0.0,
     decode_micro_batch: int = 0,
     world_size: int = 1,
+    treatments: Iterable[str] = TREATMENTS,
 ) -> Planner:
     """A planner for these networks on this device.
 
@@ -58,9 +61,15 @@ def planner_of(
         budget_gib: what tensors may take at the peak; 0 = what the device has.
         decode_micro_batch: 0 = free to choose.
         world_size: ranks of ZeRO-2.
+        treatments: what the estimate is to know.
     """
     estimate = cached_estimate(
-        networks, guided=guided, on_cpu=device.type == "cpu", uncond_trained=uncond_trained, world_size=world_size
+        networks,
+        guided=guided,
+        on_cpu=device.type == "cpu",
+        uncond_trained=uncond_trained,
+        world_size=world_size,
+        treatments=tuple(sorted(treatments)),
     )
     return Planner(
         estimate,

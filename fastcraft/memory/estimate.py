@@ -159,7 +159,7 @@ class StepEstimate:
             moments.append((f"forward of {number}", text, before, cost.forward_peak.at(batch), 0))
             moments.append((f"backward of {number}", text, before + held, extra, grads))
             before += held
-        at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))  # type: ignore[assignment]
+        at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))
         names = ("text encoder", "saved by steps", "at work", "gradients")
         kinds = {**self.static, **dict(zip(names, amounts, strict=True))}
         return sum(kinds.values()), at, kinds

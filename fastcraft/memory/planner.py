@@ -39,15 +39,21 @@ class Choice:
         return self.batch_size / self.seconds
 
     def describe(self) -> str:
-        """The treatments with their numbers, in order: ``3 recompute + 2 keep; decode keep, 4 at once``."""
-        runs: list[tuple[str, int]] = []
-        for name in self.plan.steps:
-            if runs and runs[-1][0] == name:
-                runs[-1] = (name, runs[-1][1] + 1)
-            else:
-                runs.append((name, 1))
-        steps = " + ".join(f"{count} {name}" for name, count in runs)
-        return f"{steps}; decode {self.plan.decode}, {self.plan.decode_micro_batch or self.batch_size} at once"
+        """See `describe`."""
+        return describe(self.plan, batch_size=self.batch_size)
+
+
+def describe(plan: CheckpointPlan, *, batch_size: int) -> str:
+    """The treatments with their numbers, in order: ``3 recompute + 2 keep; decode keep, 4 at once``."""
+    runs: list[tuple[str, int]] = []
+    for name in plan.steps:
+        if runs and runs[-1][0] == name:
+            runs[-1] = (name, runs[-1][1] + 1)
+        else:
+            runs.append((name, 1))
+    steps = " + ".join(f"{count} {name}" for name, count in runs)
+    together = f" in segments of {max(plan.segments)}" if plan.segments else ""
+    return f"{steps}{together}; decode {plan.decode}, {plan.decode_micro_batch or batch_size} at once"
 
 
 class Planner:

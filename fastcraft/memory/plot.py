@@ -38,7 +38,9 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
         depths = [row.depth for row in mine]
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
         memory.plot(depths, [row.allocator_peak_mib or row.peak_mib for row in mine], label=policy, **style)
-        memory.plot(depths, [row.predicted_peak_mib for row in mine], color=style["color"], linestyle="--", linewidth=1)
+        dashed = [(row.depth, row.predicted_peak_mib) for row in mine if row.predicted_peak_mib is not None]
+        if dashed:
+            memory.plot(*zip(*dashed, strict=True), color=style["color"], linestyle="--", linewidth=1)
         time.plot(depths, [row.seconds for row in mine], label=policy, **style)
     memory.set_ylabel("peak memory above weights (MiB)")
     time.set_ylabel("forward + backward (s)")

@@ -38,14 +38,17 @@ class Row:
     """Highest point, by CUDA's allocator."""
     resident_peak_mib: float | None
     """Highest resident set, on a CPU."""
-    predicted_peak_mib: float
+    predicted_peak_mib: float | None
+    """None: the policy is not part of the estimate (offload)."""
     seconds: float
     """Median of a micro-step: forward and backward."""
-    predicted_seconds: float
+    predicted_seconds: float | None
 
     @property
-    def error(self) -> float:
+    def error(self) -> float | None:
         """Relative error of the predicted peak, against the allocator where there is one."""
+        if self.predicted_peak_mib is None:
+            return None
         return self.predicted_peak_mib / (self.allocator_peak_mib or self.peak_mib) - 1
 
 
@@ -55,7 +58,7 @@ def measure_row(
     depth: int,
     policy: str,
     plan: str,
-    predicted: Prediction,
+    predicted: Prediction | None,
     static_bytes: int,
     weights: Iterable[Tensor],
     device: torch.device,
@@ -68,7 +71,7 @@ def measure_row(
         depth: K.
         policy: as named.
         plan: for people.
-        predicted: of the same setting.
+        predicted: of the same setting; None = there is none.
         static_bytes: the part of the prediction that is there all the time.
         weights: tensors that are there before; those that require gradient are the trained ones.
         device: where it runs.
@@ -98,8 +101,9 @@ def measure_row(
     return Row(
         depth=depth, policy=policy, plan=plan, held_mib=held / 2**20, peak_mib=tracker.peak / 2**20,
         allocator_peak_mib=allocator, resident_peak_mib=resident,
-        predicted_peak_mib=(predicted.peak_bytes - static_bytes) / 2**20, seconds=statistics.median(seconds),
-        predicted_seconds=predicted.seconds,
+        predicted_peak_mib=None if predicted is None else (predicted.peak_bytes - static_bytes) / 2**20,
+        seconds=statistics.median(seconds),
+        predicted_seconds=None if predicted is None else predicted.seconds,
     )  # fmt: skip
 
 
@@ -151,12 +155,17 @@ def table(rows: Sequence[Row]) -> str:
         f"{peak:>11}{'s/step':>9}  plan"
     ]
     for row in rows:
-        other = row.allocator_peak_mib or row.resident_peak_mib
+        error = "-" if row.error is None else f"{row.error:.1%}"
         lines.append(
-            f"{row.depth:>6}  {row.policy:<20}{row.held_mib:>10.1f}{row.peak_mib:>10.1f}{row.predicted_peak_mib:>11.1f}"
-            f"{row.error:>8.1%}{'-' if other is None else f'{other:.1f}':>11}{row.seconds:>9.2f}  {row.plan}"
+            f"{row.depth:>6}  {row.policy:<20}{row.held_mib:>10.1f}{row.peak_mib:>10.1f}"
+            f"{_shown(row.predicted_peak_mib):>11}{error:>8}"
+            f"{_shown(row.allocator_peak_mib or row.resident_peak_mib):>11}{row.seconds:>9.2f}  {row.plan}"
         )
     return "\n".join(lines)
+
+
+def _shown(mib: float | None) -> str:
+    return "-" if mib is None else f"{mib:.1f}"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
