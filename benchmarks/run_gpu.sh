@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step] ...
+# Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [tests|shapes|sd15|step|memory] ...
 # Each part stays well under nine minutes and writes to $OUT (default benchmarks/results/<card>/).
 # LOOPS=published,repaired,... picks rows of the step benchmark where all of them take too long.
 # SMALL=1 rehearses the same commands at small sizes on a machine without a GPU.
@@ -28,7 +28,7 @@ sd15() { # batch size
     cp "$WORK/sd15-b$1/environment.json" "$OUT/environment.json"
 }
 
-[ $# -gt 0 ] || set -- tests shapes sd15 step
+[ $# -gt 0 ] || set -- tests shapes sd15 step memory
 for part in "$@"; do
     case $part in
         tests) python3 -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py ;;
@@ -44,7 +44,14 @@ for part in "$@"; do
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
                 --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
                 --set train.dtype="$dtype" ;;
-        *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step" >&2; exit 2 ;;
+        memory)
+            models
+            python3 -m benchmarks.memory_by_depth --recipe textcraftor_sd15 --depths "$depths" --repeats "$rounds" --out "$OUT" \
+                --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
+                --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
+                --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
+                --set train.batch_size=1 --set train.dtype="$dtype" ;;
+        *) echo "run_gpu.sh: unknown part '$part'; known: tests shapes sd15 step memory" >&2; exit 2 ;;
     esac
 done
 python3 - "$OUT" <<'PY'

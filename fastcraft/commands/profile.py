@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device", repeats: int) -> "list[Row]":
-    """A row for every (depth, policy), all on the same networks, prompts and noise.
+    """A row for every (depth, policy) that fits, all on the same networks, prompts and noise.
 
     Args:
         recipes: alike but for depth and policy.
@@ -76,6 +76,7 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
 
     from fastcraft.assemble import assemble, make_objective, policy_of, run_planner
     from fastcraft.data.order import PromptOrder
+    from fastcraft.engine.out_of_memory import is_out_of_memory
     from fastcraft.forecast.networks import networks_of
     from fastcraft.forecast.phases import TREATMENTS
     from fastcraft.memory.planner import describe
@@ -109,8 +110,8 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
             (output,) = objective.losses(batch, draw=0)
             return output.loss
 
-        rows.append(
-            measure_row(
+        try:
+            row = measure_row(
                 step,
                 depth=depth,
                 policy=name,
@@ -121,7 +122,12 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
                 device=device,
                 repeats=repeats,
             )
-        )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"depth {depth}, {name}: does not fit in memory here")
+            continue
+        rows.append(row)
     return rows
 
 
