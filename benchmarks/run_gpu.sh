@@ -9,8 +9,8 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERE
 card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
 OUT=${OUT:-benchmarks/results/$card}
 WORK=${WORK:-$(mktemp -d)}
-width=1 resolution=512 steps=10 batches="4 8 16" dtype=bfloat16
-if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 dtype=float32; fi
+width=1 resolution=512 steps=10 batches="4 8 16" dtype=bfloat16 depths=1,5,10,25
+if [ "${SMALL:-0}" = 1 ]; then width=8 resolution=64 steps=2 batches=1 dtype=float32 depths=1,2; fi
 mkdir -p "$OUT" "$WORK"
 launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
 
@@ -46,7 +46,7 @@ for part in "$@"; do
                 --set train.dtype="$dtype" ;;
         memory)
             models
-            python3 -m benchmarks.memory_by_depth --recipe textcraftor_sd15 --depths "$depths" --repeats "$rounds" --out "$OUT" \
+            python3 -m benchmarks.memory_by_depth --recipe textcraftor_sd15 --depths "$depths" --repeats 2 --out "$OUT" \
                 --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
                 --set rewards.1.options.clip_path="$WORK/models/reward" --set model.resolution="$resolution" \
