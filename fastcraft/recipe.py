@@ -115,8 +115,7 @@ class MemoryConfig:
     """Times that each pair of prompt and noise is trained on; above 1 the latents of its frozen steps are kept and used
     again, and the data are less varied. 1 = every pair is new (TextCraftor as published)."""
     prefix_pool: int = 1024
-    """With prefix_reuse, pairs that are gone through in turn before the next pass over them; a multiple of
-    train.batch_size x ranks."""
+    """Pairs gone through in turn before the next pass over them; a multiple of train.batch_size x ranks."""
     prefix_store: str = "memory"
     """Where such latents are kept: "memory", or a folder, which later runs with the same seed find again."""
     prefix_store_mib: int = 1024
@@ -287,18 +286,16 @@ def _check_prefix(recipe: Recipe) -> None:
     if not memory.keeps_prefixes:
         return
     what = "memory.prefix_reuse above 1" if memory.prefix_reuse > 1 else "a folder as memory.prefix_store"
-    if recipe.text.prefix_encoder != "original":
+    objective = recipe.objective
+    if (encoder := recipe.text.prefix_encoder) != "original":
         raise UserError(
             f"{what} needs text.prefix_encoder = 'original': what the trained encoder gives changes with every step; "
-            f"got {recipe.text.prefix_encoder!r}"
+            f"got {encoder!r}"
         )
-    if recipe.objective.truncation != "last":
+    if objective.truncation != "last":
         raise UserError(
             f"{what} needs objective.truncation = 'last': elsewhere the frozen steps end at another step each time; "
-            f"got {recipe.objective.truncation!r}"
+            f"got {objective.truncation!r}"
         )
-    if recipe.objective.backprop_steps == recipe.sampler.num_inference_steps:
-        raise UserError(
-            f"{what} needs frozen steps: objective.backprop_steps must be below sampler.num_inference_steps "
-            f"({recipe.sampler.num_inference_steps}), got {recipe.objective.backprop_steps}"
-        )
+    if objective.backprop_steps == recipe.sampler.num_inference_steps:
+        raise UserError(f"{what} needs frozen steps: objective.backprop_steps below sampler.num_inference_steps")
