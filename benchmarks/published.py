@@ -1,66 +1,97 @@
-"""The loop of TextCraftor's published script, rebuilt from its description, as the baseline of the step benchmark.
+"""Other people's loops, rebuilt from their descriptions, as baselines of the step benchmark.
 
-What it does (arXiv:2403.18978 and the facts of its released script): float32, with TF32 products on CUDA; the empty
-prompt encoded once per sample with gradient; every UNet call projects the text anew; the last K calls wrapped in
-non-reentrant checkpoints; the VAE not checkpointed; nothing frozen but the VAE, so UNet and reward weights accumulate
-gradients that nobody reads. ``repaired`` is the same loop with everything frozen that is not trained.
+``published``: TextCraftor (arXiv:2403.18978 and the facts of its released script): float32, with TF32 products on CUDA;
+the empty prompt encoded once per sample with gradient; every UNet call projects the text anew; the last K calls wrapped
+in non-reentrant checkpoints; the VAE not checkpointed; nothing frozen but the VAE, so UNet and reward weights
+accumulate gradients that nobody reads.
+
+``repaired``: the same with everything frozen that is not trained, and the frozen networks in the recipe's dtype.
+
+``alignprop``: AlignProp's loop (arXiv:2310.03739, section 4, and its released script): every one of the T calls is on
+the graph and checkpointed; one step per micro-batch is drawn from a normal distribution, and predictions before it are
+cut off; the trained encoder conditions all steps; the empty prompt is encoded once, untrained. Its script trains LoRA
+on the UNet; here it trains what the others train.
 """
 
-from typing import Any
+import copy
+import random
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastcraft.rewards.mix import WeightedRewards
+from fastcraft.assemble import Parts
+
+Style = Literal["published", "repaired", "alignprop"]
 
 
 class PublishedLoop:
     """One optimiser step at a time over stock diffusers and transformers modules.
 
     Args:
-        unet, vae, text_encoder, original, tokenizer: stock modules; ``original`` is a frozen copy of the encoder.
-        scheduler: a diffusers ``DDIMScheduler`` with its timesteps set.
-        rewards: the same mix that fastcraft scores with.
-        repaired: freeze the UNet and the rewards.
-        autocast: dtype of the arithmetic, for a row that differs from fastcraft's in method and not in dtype.
+        parts: of the recipe; its models' folder, tokenizer, VAE, text encoder and rewards are used, not its UNet.
+        style: see above.
+        dtype: of the UNet; VAE and rewards are as assembled.
+        guidance_scale: above 1.
+        num_inference_steps: T.
+        backprop_steps: K.
+        spacing: of the timesteps.
     """
 
     def __init__(
-        self,
-        *,
-        unet: Any,
-        vae: Any,
-        text_encoder: Any,
-        original: Any,
-        tokenizer: Any,
-        scheduler: Any,
-        rewards: WeightedRewards,
-        guidance_scale: float,
-        backprop_steps: int,
-        latent_shape: tuple[int, ...],
-        repaired: bool,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        self.unet, self.vae, self.tokenizer, self.scheduler = unet, vae, tokenizer, scheduler
-        self.text_encoder, self.original, self.rewards = text_encoder, original, rewards
-        self.guidance_scale, self.backprop_steps, self.latent_shape = guidance_scale, backprop_steps, latent_shape
-        vae.requires_grad_(False)
-        unet.requires_grad_(not repaired)
-        rewards.requires_grad_(not repaired)
-        text_encoder.requires_grad_(True)
-        self.device = next(unet.parameters()).device
-        self.autocast = torch.autocast(self.device.type, autocast or torch.bfloat16, enabled=autocast is not None)
-        self.optimizer = torch.optim.AdamW(text_encoder.parameters(), lr=1e-6)
+        self, parts: Parts, *, style: Style, dtype: torch.dtype, guidance_scale: float, num_inference_steps: int,
+        backprop_steps: int, spacing: str,
+    ) -> None:  # fmt: skip
+        from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    def _encode(self, encoder: Any, prompts: list[str]) -> Tensor:
-        texts = [""] * len(prompts) + prompts
+        folder, self.device = parts.components.folder, parts.image_model.device
+        self.unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(self.device)
+        self.scheduler = DDIMScheduler.from_config(
+            DDIMScheduler.load_config(folder / "scheduler"), timestep_spacing=spacing, clip_sample=False
+        )
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.style, self.dtype = style, dtype
+        self.vae, self.tokenizer, self.rewards = parts.components.vae, parts.components.tokenizer, parts.rewards
+        self.text_encoder = parts.components.text_encoder
+        self.original = copy.deepcopy(self.text_encoder).requires_grad_(False)
+        self.guidance_scale, self.backprop_steps = guidance_scale, backprop_steps
+        self.vae.requires_grad_(False)
+        self.unet.requires_grad_(style == "published")
+        self.rewards.requires_grad_(style == "published")
+        self.text_encoder.requires_grad_(True)
+        self.random = random.Random(0)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        self.optimizer = torch.optim.AdamW(self.text_encoder.parameters(), lr=1e-6)
+
+    def compile(self) -> None:
+        """`torch.compile` the UNet, once its gradient on this device is known to be eager's.
+
+        Raises:
+            RuntimeError: the gradients differ by more than rounding.
+        """
+        size = self.unet.config.sample_size
+        inputs = torch.randn(2, self.unet.config.in_channels, size, size, device=self.device, dtype=self.dtype)
+        embeds = torch.randn(2, 77, self.unet.config.cross_attention_dim, device=self.device, dtype=self.dtype)
+        timestep, compiled, gradients = torch.tensor(500, device=self.device), torch.compile(self.unet), []
+        for unet in (self.unet, compiled):
+            text = embeds.clone().requires_grad_()
+            unet(inputs, timestep, encoder_hidden_states=text).sample.float().square().mean().backward()
+            gradients.append(text.grad.float())  # type: ignore[union-attr]
+        eager, other = gradients
+        error = float((other - eager).norm() / eager.norm())
+        if not error < (0.05 if self.dtype == torch.bfloat16 else 1e-3):
+            raise RuntimeError(f"the compiled UNet's gradient differs from eager's by {error:.2g} of its norm")
+        self.unet = compiled
+
+    def _encode(self, encoder: Any, texts: list[str]) -> Tensor:
         ids = self.tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        return encoder(ids.to(self.device)).last_hidden_state
+        with self.autocast:
+            return encoder(ids.to(self.device)).last_hidden_state.to(self.dtype)
 
     def _predict(self, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
-        output = self.unet(torch.cat([latents, latents]), timestep, encoder_hidden_states=embeds).sample
-        uncond, cond = output.chunk(2)
+        inputs = torch.cat([latents, latents]).to(self.dtype)
+        uncond, cond = self.unet(inputs, timestep, encoder_hidden_states=embeds).sample.float().chunk(2)
         return uncond + self.guidance_scale * (cond - uncond)
 
     def step(self, prompts: list[str], latents: Tensor) -> float:
@@ -68,8 +99,10 @@ class PublishedLoop:
         allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
         try:
-            with self.autocast:
-                loss = self._loss(prompts, latents)
+            latents = self._alignprop(prompts, latents) if self.style == "alignprop" else self._last(prompts, latents)
+            images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+            images = (images.float() / 2 + 0.5).clamp(0, 1)
+            loss = -self.rewards(images, prompts).total.mean()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -77,10 +110,11 @@ class PublishedLoop:
             torch.backends.cuda.matmul.allow_tf32 = allowed
         return float(loss.detach())
 
-    def _loss(self, prompts: list[str], latents: Tensor) -> Tensor:
-        embeds = self._encode(self.text_encoder, prompts)
+    def _last(self, prompts: list[str], latents: Tensor) -> Tensor:
+        texts = [""] * len(prompts) + prompts
+        embeds = self._encode(self.text_encoder, texts)
         with torch.no_grad():
-            early = self._encode(self.original, prompts)
+            early = self._encode(self.original, texts)
         first = len(self.scheduler.timesteps) - self.backprop_steps
         for index, timestep in enumerate(self.scheduler.timesteps):
             if index < first:
@@ -89,5 +123,17 @@ class PublishedLoop:
             else:
                 noise_pred = checkpoint(self._predict, latents, timestep, embeds, use_reentrant=False)
             latents = self.scheduler.step(noise_pred, timestep, latents).prev_sample
-        images = (self.vae.decode(latents / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-        return -self.rewards(images.float(), prompts).total.mean()
+        return latents
+
+    def _alignprop(self, prompts: list[str], latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            uncond = self._encode(self.original, [""])
+        embeds = torch.cat([uncond.expand(len(prompts), -1, -1), self._encode(self.text_encoder, prompts)])
+        total = len(self.scheduler.timesteps)
+        first = min(max(round(self.random.gauss(total - self.backprop_steps, total / 10)), 0), total - 1)
+        for index, timestep in enumerate(self.scheduler.timesteps):
+            noise_pred = checkpoint(self._predict, latents, timestep, embeds, use_reentrant=False)
+            if index < first:
+                noise_pred = noise_pred.detach()
+            latents = self.scheduler.step(noise_pred, timestep, latents).prev_sample
+        return latents

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, on a machine that can download nothing: benchmarks/run_gpu.sh [PART] ...
-# Parts: tests kernels unet shapes sd15 step rewards; all of them where none is named.
+# Parts: tests kernels unet shapes sd15 step rewards memory; all of them where none is named.
 # Each part stays well under nine minutes and writes to $OUT (default benchmarks/results/<card>/).
+# LOOPS=published,repaired,... picks rows of the step benchmark where all of them take too long.
 # SMALL=1 rehearses the same commands at small sizes on a machine without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,10 +10,10 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERE
 card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
 OUT=${OUT:-benchmarks/results/$card}
 WORK=${WORK:-$(mktemp -d)}
-width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 dtype=bfloat16 images=64 pixels=224 layers=0
+width=1 resolution=512 steps=10 batches="4 8 16" rounds=5 depths=1,5,10,25 dtype=bfloat16 images=64 pixels=224 layers=0
 unet=(--batches ${UNET_BATCHES:-2 16})
 if [ "${SMALL:-0}" = 1 ]; then
-    width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32 images=4 pixels=56 layers=1
+    width=8 resolution=64 steps=2 batches=1 rounds=2 dtype=float32 depths=1,2 images=4 pixels=56 layers=1
     unet=(--small --batches 2 --rounds 2 --contenders eager patched)
 fi
 mkdir -p "$OUT" "$WORK"
@@ -40,7 +41,7 @@ kernels() {
         --rows "$OUT/kernels.json"
 }
 
-parts="tests kernels unet shapes sd15 step rewards"
+parts="tests kernels unet shapes sd15 step rewards memory"
 [ $# -gt 0 ] || set -- $parts
 for part in "$@"; do
     case $part in
@@ -55,15 +56,23 @@ for part in "$@"; do
         sd15) for batch in $batches; do sd15 "$batch"; done ;;
         step)
             models
-            python3 -m benchmarks.step --recipe textcraftor_sd15 --rounds "$rounds" --out "$OUT/step_sd15.json" \
+            python3 -m benchmarks.step --recipe textcraftor_sd15 --rounds 2 --turns 1 --batches "${batches// /,}" \
+                ${LOOPS:+--loops "$LOOPS"} --out "$OUT/step_sd15.json" \
+                --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
+                --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
+                --set rewards.1.options.clip_path="$WORK/models/reward" --set rewards.2.path="$WORK/models/pickscore" \
+                --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" --set train.dtype="$dtype" ;;
+        rewards)
+            python3 -m benchmarks.rewards agreement --images "$images" --size "$pixels" --layers "$layers" --out "$OUT/rewards_agreement.json"
+            python3 -m benchmarks.rewards cost --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_cost.json" ;;
+        memory)
+            models
+            python3 -m benchmarks.memory_by_depth --recipe textcraftor_sd15 --depths "$depths" --repeats 2 --out "$OUT" \
                 --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
                 --set rewards.1.options.clip_path="$WORK/models/reward" --set rewards.2.path="$WORK/models/pickscore" \
                 --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" \
-                --set train.batch_size="${batches%% *}" --set train.dtype="$dtype" ;;
-        rewards)
-            python3 -m benchmarks.rewards agreement --images "$images" --size "$pixels" --layers "$layers" --out "$OUT/rewards_agreement.json"
-            python3 -m benchmarks.rewards cost --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_cost.json" ;;
+                --set train.batch_size=1 --set train.dtype="$dtype" ;;
         *) echo "run_gpu.sh: unknown part '$part'; known: $parts" >&2; exit 2 ;;
     esac
 done

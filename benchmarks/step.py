@@ -1,158 +1,261 @@
-"""Samples/s of the whole optimiser step against the published loop: ``python -m benchmarks.step [--out FILE]``.
+"""Samples/s and peak memory of the whole optimiser step, loop by loop: ``python -m benchmarks.step [--out FILE]``.
 
-Same models, prompts, noise and machine in one run, the loops taking turns, so that a noisy machine bothers all alike.
-What counts is the ratio of medians. Memory is not compared here: all loops live in one process.
+Other people's loops (`benchmarks.published`) and this project's ladder, one lever at a time, with the same models,
+prompts, noise and machine in one run. Every loop has a process of its own, so that its peak memory is its own; the
+loops take turns, so that a noisy machine bothers all alike. What counts is the ratio of medians. Making the prefixes is
+part of every time: with reuse, a measured cycle is one step that makes them and those that find them.
 """
 
 import argparse
-import copy
 import json
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.published import PublishedLoop
-from fastcraft.assemble import assemble, make_objective
 from fastcraft.config import load_recipe
-from fastcraft.data.order import PromptOrder
-from fastcraft.engine.agreement import close_distributed
-from fastcraft.engine.zero2 import Zero2Engine, fill_ds_config, init_distributed, load_ds_config
 from fastcraft.evaluation.environment import environment
-from fastcraft.recipe import Recipe
-
-DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
 
-def published(
-    recipe: Recipe, device: torch.device, *, repaired: bool, autocast: torch.dtype | None = None
-) -> Callable[[int], float]:
-    """A step function of the published loop, on modules of its own."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """One row: ``key`` for the command line, what the worker is told, and steps of a cycle."""
 
-    parts = assemble(recipe, device=device)
-    folder = parts.components.folder
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).to(device)
-    scheduler = DDIMScheduler.from_config(
-        DDIMScheduler.load_config(folder / "scheduler"), timestep_spacing="trailing", clip_sample=False
+    key: str
+    name: str
+    kind: str = "fastcraft"
+    overrides: tuple[str, ...] = ()
+    cycle: int = 1
+    needs_gpu: bool = False
+
+
+def loops() -> list[Loop]:
+    """Every row, in the order of the table.
+
+    A row of ours that begins with a plus has the levers of those above it; the last two trade time for memory.
+    """
+    stepwise = ("kernels.backend=reference", "memory.policy=step")
+    keep = ("kernels.backend=reference", "memory.policy=none")
+    fused, parts = ("kernels.backend=auto", "memory.policy=none"), "memory.decode_micro_batch=2"
+
+    def reuse(times: int) -> tuple[str, str]:
+        return f"memory.prefix_reuse={times}", "memory.prefix_pool={batch_size}"
+
+    ours = [
+        Loop(key="step", name="fastcraft: text keys once", overrides=stepwise),
+        Loop(key="none", name="+ no recompute", overrides=keep),
+        Loop(key="fused", name="+ fused kernels", overrides=fused, needs_gpu=True),
+        *(
+            Loop(key=f"reuse{n}", name=f"+ each prefix used {n}x", overrides=(*fused, *reuse(n)), cycle=n)
+            for n in (2, 4, 8)
+        ),
+        Loop(key="head", name="fastcraft, no reuse, head 2 by 2", overrides=(*fused, parts)),
+        Loop(
+            key="lean8",
+            name="fastcraft, least memory, each prefix used 8x",
+            overrides=("memory.policy=step", parts, *reuse(8)),
+            cycle=8,
+        ),
+    ]
+    return [
+        Loop(key="published", kind="published", name="TextCraftor as published", overrides=("train.dtype=float32",)),
+        Loop(key="repaired", kind="repaired", name="the same, repaired"),
+        Loop(key="compiled", kind="compiled", name="repaired + torch.compile", needs_gpu=True),
+        Loop(key="alignprop", kind="alignprop", name="AlignProp-style"),
+        *ours,
+    ]
+
+
+def run_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """One job in a process of its own; a device that is too small is a result, anything else that fails an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.step_worker", json.dumps(job)], capture_output=True, text=True
     )
-    scheduler.set_timesteps(recipe.sampler.num_inference_steps)
-    model = parts.components.text_encoder
-    loop = PublishedLoop(
-        unet=unet, vae=parts.components.vae, text_encoder=model, original=copy.deepcopy(model).requires_grad_(False),
-        tokenizer=parts.components.tokenizer, scheduler=scheduler, rewards=parts.rewards,
-        guidance_scale=recipe.sampler.guidance_scale, backprop_steps=recipe.objective.backprop_steps,
-        latent_shape=parts.components.latent_shape, repaired=repaired, autocast=autocast,
-    )  # fmt: skip
-    order = PromptOrder(parts.prompts, seed=0)
-
-    def step(number: int) -> float:
-        batch = order.batch(number * recipe.train.batch_size, 0, batch_size=recipe.train.batch_size)
-        return loop.step(batch.prompts, parts.image_model.noise(batch.indices)[0])
-
-    return step
+    if done.returncode == 0:
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
+    if "OutOfMemoryError" in done.stderr or "out of memory" in done.stderr:
+        return {"error": "out of memory"}
+    if "the compiled UNet's gradient differs" in done.stderr:
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    raise SystemExit(f"benchmarks.step: {job} failed:\n{done.stderr[-3000:]}")
 
 
-def fastcraft(recipe: Recipe, device: torch.device) -> Callable[[int], float]:
-    """A step function of this project, through the ZeRO-2 engine."""
-    parts = assemble(recipe, device=device)
-    train = recipe.train
-    parameters = [p.numel() for p in parts.trained.parameters() if p.requires_grad]
-    config = fill_ds_config(
-        load_ds_config(DS_CONFIG), batch_size=train.batch_size, gradient_accumulation_steps=1, dtype=train.dtype,
-        max_grad_norm=train.max_grad_norm, learning_rate=train.learning_rate, betas=train.betas, eps=train.eps,
-        weight_decay=train.weight_decay, num_parameters=sum(parameters), largest_parameter=max(parameters),
-    )  # fmt: skip
-    engine = Zero2Engine(
-        parts.trained, ds_config=config, device=device, total_steps=train.num_steps, warmup_steps=0,
-        lr_schedule="constant",
-    )  # fmt: skip
-    objective, _ = make_objective(recipe, parts, engine)
-    order = PromptOrder(parts.prompts, seed=0)
+class Bench:
+    """All turns of all loops.
 
-    def step(number: int) -> float:
-        batch = order.batch(number * train.batch_size, 0, batch_size=train.batch_size)
-        (output,) = objective.losses(batch, draw=number)
-        engine.backward(output.loss)
-        engine.step()
-        return float(output.loss.detach())
+    Args:
+        recipe: name or file.
+        overrides: for every loop, before its own.
+        batches: batch sizes to try; each loop keeps its best.
+        rounds: measured cycles of a turn.
+    """
 
-    return step
+    def __init__(self, recipe: str, overrides: Sequence[str], *, batches: Sequence[int], rounds: int) -> None:
+        self.recipe, self.overrides, self.batches, self.rounds = recipe, overrides, batches, rounds
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def job(self, kind: str, overrides: Sequence[str], batch_size: int, cycle: int = 1) -> dict[str, Any]:
+        """What the worker is told."""
+        own = [item.format(batch_size=batch_size) for item in overrides]
+        settings = [*self.overrides, f"train.batch_size={batch_size}", *own]
+        return {"kind": kind, "recipe": self.recipe, "overrides": settings, "cycle": cycle, "rounds": self.rounds}
+
+    def turn(self, loop: Loop) -> None:
+        """Measure a loop once more; in its first turn at every batch size, later at its best one."""
+        row = self.rows.get(loop.key)
+        for batch_size in self.batches if row is None else [row["batch_size"]] if row.get("seconds") else []:
+            result = run_worker(self.job(loop.kind, loop.overrides, batch_size, loop.cycle))
+            print(f"{loop.name}, batch {batch_size}: {summary(result)}", file=sys.stderr, flush=True)
+            if "error" in result:
+                self.rows.setdefault(loop.key, {"name": loop.name, **result})
+                break  # a larger batch will not fit either
+            found = {"name": loop.name, "kind": loop.kind, "batch_size": batch_size, "cycle": loop.cycle, **result}
+            if row is not None:
+                found["seconds"] = row["seconds"] + found["seconds"]
+                for key in ("peak_memory_mib", "step_memory_mib"):
+                    found[key] = max(row[key], found[key])
+            best = self.rows.get(loop.key)
+            if row is not None or best is None or rate(found) > rate(best):
+                self.rows[loop.key] = found
+
+    def finish(self, counted: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows with their ratios; MFU where every sample's arithmetic is done."""
+        measured = {key: row for key, row in self.rows.items() if row.get("seconds")}
+        for row in measured.values():
+            row["seconds_20_50_80"] = [statistics.quantiles(row["seconds"], n=10)[i] for i in (1, 4, 7)]
+            row["samples_per_sec"] = rate(row)
+            for key in ("published", "repaired"):
+                if key in measured:
+                    row[f"ratio_to_{key}"] = rate(row) / rate(measured[key])
+            if row["cycle"] == 1:
+                row["mfu"] = rate(row) * counted["flops_per_sample"] / counted["matmul_flops_per_sec"]
+        return list(self.rows.values())
 
 
-def measure(loops: dict[str, Callable[[int], float]], rounds: int, batch_size: int, device: torch.device) -> dict:
-    """Seconds per step of every loop: one warm-up each, then ``rounds`` rounds in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(rounds + 1):
-        for name, step in loops.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            step(number)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    base = statistics.median(next(iter(seconds.values())))
-    rows = {}
-    for name, values in seconds.items():
-        low, middle, high = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
-        rows[name] = {
-            "seconds_20_50_80": [low, middle, high],
-            "samples_per_sec": batch_size / middle,
-            "ratio_to_first": base / statistics.median(values),
-        }
-    return rows
+def rate(row: dict[str, Any]) -> float:
+    """Samples/s by the median; 0 where nothing was measured."""
+    return row["batch_size"] / statistics.median(row["seconds"]) if row.get("seconds") else 0.0
 
 
-def table(rows: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
+    """One result, while the run goes on."""
+    if "error" in result:
+        return str(result["error"])
+    return f"{statistics.median(result['seconds']):.3f} s/step, {result['peak_memory_mib']:.0f} MiB"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as markdown."""
-    lines = ["| loop | samples/s | s/step (20/50/80 %) | speed-up |", "|---|---|---|---|"]
-    for name, row in rows.items():
-        spread = " / ".join(f"{value:.2f}" for value in row["seconds_20_50_80"])
-        lines.append(f"| {name} | {row['samples_per_sec']:.2f} | {spread} | {row['ratio_to_first']:.2f}x |")
+    lines = [
+        "| loop | batch | samples/s | s/step (20/50/80 %) | vs published | vs repaired | peak MiB | of step | MFU |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if not row.get("seconds"):
+            lines.append(f"| {row['name']} | | {row['error']} | | | | | | |")
+            continue
+        spread = " / ".join(f"{value:.3f}" for value in row["seconds_20_50_80"])
+        ratios = [f"{row[key]:.2f}x" if key in row else "" for key in ("ratio_to_published", "ratio_to_repaired")]
+        memory = [f"{row[key]:.0f}" for key in ("peak_memory_mib", "step_memory_mib")]
+        mfu = f"{row['mfu']:.0%}" if "mfu" in row else ""
+        cells = [row["name"], f"{row['batch_size']}", f"{row['samples_per_sec']:.2f}", spread, *ratios, *memory, mfu]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print the table, write JSON."""
+def plot(rows: Sequence[dict[str, Any]], file: Path, *, title: str) -> None:
+    """Two bar charts side by side: samples/s with the 20-80 % spread, and the memory of the step."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row.get("seconds")]
+    batches = {row["batch_size"] for row in rows}
+    figure, (speed, memory) = plt.subplots(
+        1, 2, figsize=(11, 1.4 + 0.42 * len(rows)), sharey=True, width_ratios=(3, 2), layout="constrained"
+    )
+    names = [row["name"] if len(batches) == 1 else f"{row['name']} (batch {row['batch_size']})" for row in rows]
+    colours = ["#2a6f97" if row["kind"] == "fastcraft" else "#a9adb3" for row in rows]
+    spreads = [[row["batch_size"] / row["seconds_20_50_80"][i] for i in (2, 0)] for row in rows]
+    rates, bytes_ = [row["samples_per_sec"] for row in rows], [row["step_memory_mib"] for row in rows]
+    speed.barh(names, rates, color=colours, height=0.68)
+    memory.barh(names, bytes_, color=colours, height=0.68)
+    for position, (value, (slow, fast), mib) in enumerate(zip(rates, spreads, bytes_, strict=True)):
+        speed.plot([slow, fast], [position, position], color="#222222", linewidth=1.2)
+        speed.annotate(f"{value:.2f}", (max(value, fast), position), (5, 0), textcoords="offset points", va="center")
+        memory.annotate(f"{mib:,.0f}", (mib, position), (5, 0), textcoords="offset points", va="center")
+    for axis, largest, label in (
+        (speed, max(max(pair) for pair in spreads), "samples/s (bar: median; line: 20 to 80 %)"),
+        (memory, max(bytes_), "memory of the step above the loaded models, MiB"),
+    ):
+        axis.set_xlabel(label)
+        axis.set_xlim(0, max(largest, 1e-9) * 1.18)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    speed.invert_yaxis()
+    figure.suptitle(title + (f", batch {batches.pop()}" if len(batches) == 1 else ""), fontsize=11)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    known = [loop.key for loop in loops()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="shapes")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of every loop, at least 2")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
-    args = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    parser.add_argument("--loops", default=",".join(known), help=f"some of {','.join(known)}")
+    parser.add_argument("--batches", default="", help="batch sizes to try, as 4,8,16; default: the recipe's")
+    parser.add_argument("--rounds", type=int, default=3, help="measured cycles of a loop in a turn")
+    parser.add_argument("--turns", type=int, default=2, help="turns of every loop, each a new process")
+    parser.add_argument("--out", type=Path, help="JSON file for the result; the chart lies beside it as .png")
+    args = parser.parse_args(argv)
+    args.loops = args.loops.split(",")
+    for key in args.loops:
+        if key not in known:
+            parser.error(f"--loops: unknown loop {key!r}; known: {', '.join(known)}")
+    if args.rounds * args.turns < 2:
+        parser.error(f"--rounds x --turns must be at least 2, got {args.rounds} x {args.turns}")
+    return args
+
+
+def main() -> None:
+    """Measure, print the table, write JSON and chart."""
+    args = parse()
     recipe = load_recipe(args.recipe, args.overrides)
-    exact = load_recipe(args.recipe, [*args.overrides, "train.dtype=float32"])
-    keep = load_recipe(args.recipe, [*args.overrides, "memory.policy=none"])
-    opened = init_distributed(device.type)
-    half = recipe.train.dtype == "bfloat16"
-    bf16 = {"frozen, bfloat16": published(exact, device, repaired=True, autocast=torch.bfloat16)} if half else {}
-    loops = {
-        "TextCraftor as published": published(exact, device, repaired=False),
-        "the same, everything else frozen": published(exact, device, repaired=True),
-        **bf16,
-        "fastcraft, policy step": fastcraft(recipe, device),
-        "fastcraft, policy none": fastcraft(keep, device),
-    }
-    rows = measure(loops, args.rounds, recipe.train.batch_size, device)
+    batches = sorted(int(size) for size in args.batches.split(",")) if args.batches else [recipe.train.batch_size]
+    chosen = [loop for loop in loops() if loop.key in args.loops]
+    skipped = [loop for loop in chosen if loop.needs_gpu and not torch.cuda.is_available()]
+    for loop in skipped:
+        print(f"{loop.name}: left out, it needs a GPU", file=sys.stderr)
+    bench = Bench(args.recipe, args.overrides, batches=batches, rounds=args.rounds)
+    counted = run_worker(bench.job("count", ("kernels.backend=reference", "memory.policy=none"), 1))
+    for _ in range(args.turns):
+        for loop in chosen:
+            if loop not in skipped:
+                bench.turn(loop)
+    rows = bench.finish(counted)
     print(table(rows))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        found = environment()
         result = {
-            "command": f"python -m benchmarks.step --recipe {args.recipe} --rounds {args.rounds}"
-            + "".join(f" --set {item}" for item in args.overrides),
-            "environment": environment(),
+            "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
+            "environment": found,
             "threads": torch.get_num_threads(),
+            **counted,
             "rows": rows,
         }
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if opened:
-        close_distributed()
+        machine = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"{found['cpu']}, {result['threads']} thread"
+        )
+        sizes = f"T = {recipe.sampler.num_inference_steps}, K = {recipe.objective.backprop_steps}, {recipe.train.dtype}"
+        plot(rows, args.out.with_suffix(".png"), title=f"{args.recipe} ({sizes}) on {machine}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,31 @@
 """From a recipe to its parts: the only place that reads the whole recipe and hands plain arguments on."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcraft.data.order import PromptOrder
 from fastcraft.data.prompts import load_prompts
 from fastcraft.diffusion.components import Components, load_components
 from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.patch import Patch
+from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
-from fastcraft.memory.policies import POLICIES
+from fastcraft.forecast.auto import planner_of
+from fastcraft.forecast.networks import Networks, networks_of
+from fastcraft.forecast.phases import TREATMENTS
+from fastcraft.memory.planner import AutoPlan, Planner
+from fastcraft.memory.policies import plan_maker
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
 from fastcraft.recipe import KernelsConfig, Recipe, RewardConfig
@@ -32,6 +40,7 @@ from fastcraft.text.tokenize import tokenize
 from fastcraft_kernels.attention import load_attention_table
 
 MAX_COUNTED = 100_000
+_ENTRY_HEADER = 512  # bytes that a file of the prefix store has besides its latents, at most
 SHAPES = Path(__file__).parent / "shapes"
 
 
@@ -50,6 +59,7 @@ class Parts:
     evaluation_prompts: list[str]
     exam: Exam | None
     make_plan: Callable[[int], CheckpointPlan]
+    auto: AutoPlan | None = None
 
 
 def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
@@ -65,7 +75,8 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     dtype = getattr(torch, recipe.train.dtype)
     if not recipe.rewards:
         raise UserError("rewards: at least one [[rewards]] table is required, got none")
-    policy = POLICIES.get(recipe.memory.policy)()
+    if recipe.memory.policy != "auto":
+        policy_of(recipe, None, device)  # a wrong name is said before anything is loaded
     sampler_class = SAMPLERS.get(recipe.sampler.name)
     OBJECTIVES.get(recipe.objective.name)
     if not recipe.prompts.path:
@@ -95,6 +106,9 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         eta=recipe.sampler.eta,
         spacing=recipe.sampler.timestep_spacing,
     )
+    rewards = build_rewards(_specs(recipe.rewards), towers=towers, normalize=recipe.objective.normalize_rewards)
+    networks = networks_of(components, trained, rewards, name=recipe.model.path)
+    make_plan, auto = policy_of(recipe, networks, device)
     return Parts(
         components=components,
         trained=trained,
@@ -107,18 +121,61 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
             latent_shape=components.latent_shape,
             device=device,
         ),
-        rewards=build_rewards(_specs(recipe.rewards), towers=towers, normalize=recipe.objective.normalize_rewards),
+        rewards=rewards,
         held_out=build_rewards(_specs(recipe.held_out), towers=towers, require_grad=False) if recipe.held_out else None,
         prompts=source.prompts,
         prompts_summary=source.summary() + num_truncated,
         evaluation_prompts=_evaluation_prompts(recipe, source.prompts),
         exam=exam,
-        make_plan=partial(policy.plan, decode_micro_batch=recipe.memory.decode_micro_batch),
+        make_plan=make_plan,
+        auto=auto,
     )
 
 
 def _specs(rewards: Sequence[RewardConfig]) -> list[RewardSpec]:
     return [RewardSpec(entry.name, entry.weight, entry.path, entry.options, entry.label) for entry in rewards]
+
+
+def run_planner(
+    recipe: Recipe, networks: Networks, device: torch.device, *, treatments: Iterable[str] = TREATMENTS
+) -> Planner:
+    """A planner for a recipe's run on a device; ``treatments`` are what it can weigh."""
+    return planner_of(
+        networks,
+        device=device,
+        guided=recipe.sampler.guidance_scale != 1,
+        uncond_trained=recipe.text.uncond_encoder == "trained",
+        num_inference_steps=recipe.sampler.num_inference_steps,
+        input_grad=recipe.objective.input_grad,
+        budget_gib=recipe.memory.budget_gib,
+        decode_micro_batch=recipe.memory.decode_micro_batch,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        treatments=treatments,
+    )
+
+
+def policy_of(
+    recipe: Recipe, networks: Networks | None, device: torch.device
+) -> tuple[Callable[[int], CheckpointPlan], AutoPlan | None]:
+    """The recipe's policy: from the number of steps with gradient to the plan; and the planner behind ``auto``.
+
+    Args:
+        recipe: of the run.
+        networks: what ``auto`` weighs; not needed for other policies.
+        device: where it trains.
+
+    Raises:
+        UserError: a policy that is not there or cannot be had here, or a budget that nothing meets.
+    """
+    depth, memory = recipe.objective.backprop_steps, recipe.memory
+    if memory.policy == "auto" and networks is not None:
+        auto = AutoPlan(run_planner(recipe, networks, device), batch_size=recipe.train.batch_size)
+        auto.choose(depth)
+        return auto.plan, auto
+    make = plan_maker(
+        memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type
+    )
+    return make, None
 
 
 def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tensor]) -> tuple[Any, PromptEncoder]:
@@ -152,8 +209,49 @@ def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tens
             anchor_weight=settings.anchor_weight,
         ),
         seed=recipe.train.seed,
+        prefixes=_prefixes(recipe, parts) if recipe.memory.keeps_prefixes else None,
     )
     return objective, encoder
+
+
+def make_order(recipe: Recipe, parts: Parts, *, world_size: int) -> PromptOrder:
+    """Which prompts and noise every micro-step of every rank gets.
+
+    Raises:
+        UserError: pairs are to be reused, and the pool does not divide into micro-batches or does not fit the store.
+    """
+    memory, samples = recipe.memory, recipe.train.batch_size * world_size
+    if memory.prefix_reuse > 1:
+        if memory.prefix_pool % samples:
+            raise UserError(
+                f"memory.prefix_pool must be a multiple of train.batch_size x ranks ({recipe.train.batch_size} x "
+                f"{world_size}), got {memory.prefix_pool}"
+            )
+        held = memory.prefix_pool // (world_size if memory.prefix_store == "memory" else 1)
+        need = held * (4 * math.prod(parts.image_model.latent_shape) + _ENTRY_HEADER)
+        if need > memory.prefix_store_mib * 2**20:
+            raise UserError(
+                f"memory.prefix_store_mib must hold the {held} latents of the pool, at least "
+                f"{math.ceil(need / 2**20)}, got {memory.prefix_store_mib}"
+            )
+    return PromptOrder(parts.prompts, seed=recipe.train.seed, reuse=memory.prefix_reuse, pool=memory.prefix_pool)
+
+
+def _prefixes(recipe: Recipe, parts: Parts) -> Prefixes:
+    memory, model = recipe.memory, parts.image_model
+    max_bytes = memory.prefix_store_mib * 2**20
+    if memory.prefix_store == "memory":
+        return Prefixes(store=MemoryStore(max_bytes=max_bytes), context="")  # one model for its whole life
+    settings = {
+        "num_frozen_steps": recipe.sampler.num_inference_steps - recipe.objective.backprop_steps,
+        "sampler": dataclasses.asdict(recipe.sampler),
+        "schedule": dataclasses.asdict(parts.components.schedule),
+        "latent_shape": model.latent_shape,
+        "device": model.device.type,
+        "kernels": recipe.kernels.backend,
+    }
+    context = prefix_context([model.unet, parts.original], settings)
+    return Prefixes(store=DiskStore(Path(memory.prefix_store).expanduser(), max_bytes=max_bytes), context=context)
 
 
 def prompt_file(path: str) -> Path:

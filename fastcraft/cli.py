@@ -11,6 +11,8 @@ from fastcraft.errors import UserError
 
 COMMANDS = {
     "info": "fastcraft.commands.info",
+    "plan": "fastcraft.commands.plan",
+    "profile": "fastcraft.commands.profile",
     "score": "fastcraft.commands.score",
 }
 """Name -> module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit status``; cheap to import."""

@@ -1,48 +1,45 @@
-"""What ``--dry-run`` prints: the resolved recipe, the plan, the parameter counts and what one step costs."""
+"""What ``--dry-run`` prints: the resolved recipe, the plan, the parameter counts and what one step takes."""
 
-import torch
-
-from fastcraft.assemble import Parts
+from fastcraft.assemble import Parts, run_planner
 from fastcraft.config import dump_recipe
-from fastcraft.diffusion.unroll import predict_noise
-from fastcraft.memory.cost import count_flops, parameter_counts, step_flops
+from fastcraft.forecast.networks import networks_of
+from fastcraft.forecast.phases import TREATMENTS
+from fastcraft.memory.cost import parameter_counts
 from fastcraft.recipe import Recipe
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, PromptEmbeds
+from fastcraft.records import KEEP, OFFLOAD, RECOMPUTE
 
 
 def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
-    """Several lines for the terminal; counts FLOPs under fake tensors, trains nothing."""
-    model, train = parts.image_model, recipe.train
-    plan = parts.make_plan(recipe.objective.backprop_steps)
-    ids = torch.zeros(1, 1, parts.components.tokenizer.model_max_length, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        text_kv = model.text_kv(PromptEmbeds(cond=parts.original(ids)))
-    timestep = torch.zeros((), dtype=torch.long, device=model.device)
-    shape = (1, *model.latent_shape)
+    """Several lines for the terminal; counts bytes and FLOPs on tensors without contents, trains nothing."""
+    model, train, depth = parts.image_model, recipe.train, recipe.objective.backprop_steps
+    plan = parts.make_plan(depth)
     samples = train.batch_size * train.gradient_accumulation_steps
-    flops = step_flops(
-        count_flops(
-            lambda x: predict_noise(model.unet, x, timestep, text_kv, guidance_scale=1), shape, device=model.device
-        ),
-        count_flops(lambda x: model.decode(x, CheckpointPlan(steps=(), decode=KEEP)), shape, device=model.device),
-        samples=samples,
-        num_inference_steps=recipe.sampler.num_inference_steps,
-        backprop_steps=recipe.objective.backprop_steps,
-        guided=model.guidance_scale != 1,
-        recompute=plan.decode == RECOMPUTE,
+    judges = [judge for judge in (parts.rewards, parts.held_out) if judge is not None]
+    trainable, frozen = parameter_counts(parts.trained, parts.original, model.unet, model.vae, *judges)
+    lines = [
+        dump_recipe(recipe).rstrip(),
+        "",
+        f"plan        {recipe.memory.policy}: {depth} steps with gradient: {', '.join(plan.steps)}; "
+        f"decode: {plan.decode}",
+        f"parameters  {trainable:,} trainable, {frozen:,} frozen",
+        f"prompts     {parts.prompts_summary}",
+        f"per step    {samples} samples on each of {world_size} rank{'s' if world_size > 1 else ''}",
+    ]
+    if any(name.startswith(OFFLOAD) for name in plan.steps):
+        return "\n".join([*lines, "predicted   nothing: offloading is not part of the estimate"])
+    networks = networks_of(parts.components, parts.trained, parts.rewards, name=recipe.model.path)
+    needed = TREATMENTS if parts.auto else {KEEP, RECOMPUTE, *plan.steps}
+    planner = run_planner(recipe, networks, model.device, treatments=needed)
+    full = planner.predict(planner.weigh(plan, batch_size=train.batch_size))
+    phases = ", ".join(f"{name} {seconds / full.seconds:.0%}" for name, seconds in full.seconds_by_phase.items())
+    gflop = full.flops * train.gradient_accumulation_steps / 1e9
+    peak, saved, had = (
+        f"{size / 2**20:,.0f} MiB" for size in (full.peak_bytes, full.saved_bytes, planner.budget_bytes)
     )
-    judges = torch.nn.ModuleList([judge for judge in (parts.rewards, parts.held_out) if judge is not None])
-    trainable, frozen = parameter_counts(parts.trained, parts.original, model.unet, model.vae, judges)
-    phases = ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in flops.items())
     return "\n".join(
         [
-            dump_recipe(recipe).rstrip(),
-            "",
-            f"plan        {recipe.memory.policy}: {len(plan.steps)} steps with gradient: {', '.join(plan.steps)}; "
-            f"decode: {plan.decode}",
-            f"parameters  {trainable:,} trainable, {frozen:,} frozen",
-            f"prompts     {parts.prompts_summary}",
-            f"per step    {samples} samples on each of {world_size} rank{'s' if world_size > 1 else ''}; "
-            f"{sum(flops.values()) / 1e9:,.1f} GFLOP a rank: {phases} (rewards and text encoder not counted)",
+            *lines,
+            f"            {gflop:,.1f} GFLOP a rank; of the predicted time: {phases}",
+            f"memory      {peak} predicted at the peak ({full.at}), {saved} saved by the steps; {had} to be had",
         ]
     )

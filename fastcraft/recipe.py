@@ -107,9 +107,27 @@ class RewardConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:
     policy: str = "step"
-    """A name from the checkpoint policies' catalogue."""
+    """What the K steps keep for backward. none; step; step+block; sac:OPS, offload:OPS (OPS: attention, conv, linear,
+    norm, fastcraft or a fused op, joined by +); segment:k; last_k_live:k; plan:3*recompute,2*keep (one per step); auto:
+    the fastest that is predicted to fit, and after an out-of-memory error the next one."""
+    budget_gib: float = 0.0
+    """With auto: what tensors may take at the peak, GiB; 0 = what the device has."""
     decode_micro_batch: int = 0
-    """Images decoded at once; 0 = the whole batch."""
+    """Images decoded and scored at once; 0 = the whole batch. Below the batch size, these go backward first."""
+    prefix_reuse: int = 1
+    """Times that each pair of prompt and noise is trained on; above 1 the latents of its frozen steps are kept and used
+    again, and the data are less varied. 1 = every pair is new (TextCraftor as published)."""
+    prefix_pool: int = 1024
+    """Pairs gone through in turn before the next pass over them; a multiple of train.batch_size x ranks."""
+    prefix_store: str = "memory"
+    """Where such latents are kept: "memory", or a folder, which later runs with the same seed find again."""
+    prefix_store_mib: int = 1024
+    """Bound of the store (in memory: of each rank's), MiB; the oldest entries go first."""
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether the latents of the frozen steps are kept."""
+        return self.prefix_reuse > 1 or self.prefix_store != "memory"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +222,7 @@ _AT_LEAST: dict[str, float] = {
     "sampler.num_inference_steps": 1, "sampler.guidance_scale": 1, "sampler.eta": 0,
     "objective.backprop_steps": 1, "objective.truncation_std": 0, "objective.early_stop_steps": 0,
     "objective.low_variance_draws": 1, "objective.anchor_weight": 0, "memory.decode_micro_batch": 0,
+    "memory.budget_gib": 0, "memory.prefix_reuse": 1, "memory.prefix_pool": 1, "memory.prefix_store_mib": 1,
     "train.num_steps": 1, "train.batch_size": 1, "train.gradient_accumulation_steps": 1, "train.seed": 0,
     "train.eps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0, "train.warmup_steps": 0,
     "train.checkpoint_every": 0, "train.keep_checkpoints": 1, "train.max_bad_steps": 1,
@@ -263,6 +282,7 @@ def _check_recipe(recipe: Recipe) -> None:
             f"evaluate.trained_steps must be at most sampler.num_inference_steps ({sampler.num_inference_steps}), "
             f"got {recipe.evaluate.trained_steps}"
         )
+    _check_prefix(recipe)
     for section, rewards in (("rewards", recipe.rewards), ("held_out", recipe.held_out)):
         names = [reward.label or reward.name for reward in rewards]
         for name in names:
@@ -270,3 +290,26 @@ def _check_recipe(recipe: Recipe) -> None:
                 raise UserError(f"{section}: {name!r} is named twice; give one of them a label")
     if recipe.rewards and all(reward.weight == 0 for reward in recipe.rewards):
         raise UserError("rewards: at least one weight must not be 0")
+
+
+def _check_prefix(recipe: Recipe) -> None:
+    """What keeps the latents of the frozen steps must find them unchanged the next time."""
+    memory = recipe.memory
+    if not memory.prefix_store:
+        raise UserError("memory.prefix_store must be 'memory' or a folder, got ''")
+    if not memory.keeps_prefixes:
+        return
+    what = "memory.prefix_reuse above 1" if memory.prefix_reuse > 1 else "a folder as memory.prefix_store"
+    objective = recipe.objective
+    if (encoder := recipe.text.prefix_encoder) != "original":
+        raise UserError(
+            f"{what} needs text.prefix_encoder = 'original': what the trained encoder gives changes with every step; "
+            f"got {encoder!r}"
+        )
+    if objective.truncation != "last":
+        raise UserError(
+            f"{what} needs objective.truncation = 'last': elsewhere the frozen steps end at another step each time; "
+            f"got {objective.truncation!r}"
+        )
+    if objective.backprop_steps == recipe.sampler.num_inference_steps:
+        raise UserError(f"{what} needs frozen steps: objective.backprop_steps below sampler.num_inference_steps")

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastcraft.assemble import Parts, make_objective
-from fastcraft.data.order import PromptOrder
+from fastcraft.assemble import Parts, make_objective, make_order
 from fastcraft.engine.agreement import agree, from_rank_zero, mean_over_ranks, rank, world_size
 from fastcraft.engine.checkpoint import Checkpoint, CheckpointError, restore_rng, rng_tensors, save_checkpoint
 from fastcraft.engine.interrupt import Interrupt, StopRequested
+from fastcraft.engine.out_of_memory import MemoryRanOutError, is_out_of_memory
 from fastcraft.engine.zero2 import StepResult, Zero2Engine
 from fastcraft.evaluation.record import RunRecord, read_evaluations
 from fastcraft.evaluator import Evaluator
@@ -59,7 +59,7 @@ class Trainer:
         self.record = record
         self.objective, text = make_objective(recipe, self.parts, engine)
         self.evaluator = Evaluator(recipe, self.parts, text=text, stop_together=self._stop_together, record=record)
-        self.order = PromptOrder(parts.prompts, seed=recipe.train.seed)
+        self.order = make_order(recipe, parts, world_size=world_size())
         self.samples_seen = self.bad_steps = self.skipped_steps = 0
         self.saved = -1
         self.failed_saves = 0
@@ -100,24 +100,77 @@ class Trainer:
         if self.parts.image_model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.parts.image_model.device)
         outputs: list[LossOutput] = []
-        before, norms = (None if self.checked else self._clones()), {}
+        before = None if self.checked else self._clones()
+        norms: dict[str, float] = {}
         for micro in range(train.gradient_accumulation_steps):
             first = self.samples_seen + micro * world_size() * train.batch_size
-            batch = self.order.batch(first, rank(), batch_size=train.batch_size)
-            losses = self.objective.losses(batch, draw=first)
-            while (output := self._next(losses)) is not None:
-                self.engine.backward(output.loss)
-                if before is not None and micro == train.gradient_accumulation_steps - 1:
-                    norms = self.engine.group_gradient_norms()
-                self.parts.rewards.synchronize()
-                result = self.engine.step()
-                outputs.append(LossOutput(loss=output.loss.detach(), metrics=output.metrics))
+            watched = before is not None and micro == train.gradient_accumulation_steps - 1
+            while (done := self._micro_step(first, watched=watched)) is None:
+                pass
+            more, result, found = done
+            outputs, norms = outputs + more, norms | found
         self.done += 1
         self.samples_seen += train.gradient_accumulation_steps * world_size() * train.batch_size
         if before is not None and not result.skipped:
             self._check_training(before, norms)
         self._log(outputs, result, began)
         self._count_bad(result.skipped)
+
+    def _micro_step(self, first: int, *, watched: bool) -> tuple[list[LossOutput], StepResult, dict[str, float]] | None:
+        """Losses, the engine's last answer and, if ``watched``, gradient norms; None: out of memory, plan with less."""
+        batch = self.order.batch(first, rank(), batch_size=self.recipe.train.batch_size)
+        statistics = {name: values.clone() for name, values in self.parts.rewards.state_dict().items()}
+        losses = self.objective.losses(batch, draw=first)
+        outputs: list[LossOutput] = []
+        norms: dict[str, float] = {}
+        output = None
+        try:
+            while (output := self._next(losses)) is not None:
+                self._backward(output.loss)
+                if watched:
+                    norms = self.engine.group_gradient_norms()
+                self.parts.rewards.synchronize()
+                result = self.engine.step()
+                outputs.append(LossOutput(loss=output.loss.detach(), metrics=output.metrics))
+            return outputs, result, norms
+        except MemoryRanOutError:
+            if outputs:
+                raise TrainingFailed("out of memory between two updates of one micro-step") from None
+        del losses, output  # they hold what did not fit
+        self._fall_back(statistics)
+        return None
+
+    def _backward(self, loss: Tensor) -> None:
+        """The engine's backward; an out-of-memory error becomes `MemoryRanOutError` where nothing is half done.
+
+        Raises:
+            TrainingFailed: ranks are several (the others wait in a collective), or gradients have reached the weights.
+        """
+        try:
+            return self.engine.backward(loss)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        if world_size() > 1 or self.engine.gradient_arrived:
+            raise TrainingFailed(f"out of memory in backward; give memory.budget_gib less: {message}")
+        raise MemoryRanOutError(message)
+
+    def _fall_back(self, statistics: dict[str, Tensor]) -> None:
+        """Plan with less memory from now on, and undo what the failed micro-step told the rewards; said once.
+
+        Raises:
+            TrainingFailed: the policy is not ``auto``, or nothing smaller is left.
+        """
+        if self.parts.auto is None:
+            raise TrainingFailed("out of memory; memory.policy = 'auto' plans with less by itself")
+        note = self.parts.auto.fall_back(self.recipe.objective.backprop_steps)
+        if note is None:
+            raise TrainingFailed("out of memory under the smallest plan; take a smaller train.batch_size")
+        self.parts.rewards.load_state_dict(statistics)
+        if self.parts.image_model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"step {self.done + 1}: {note}")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -178,14 +231,20 @@ class Trainer:
 
     def _next(self, losses: Iterator[LossOutput]) -> LossOutput | None:
         """The next loss, once all ranks agree that none was asked to stop: backward is collective."""
-        output, stop = None, False
+        output, stop, full = None, False, False
         try:
             output = next(losses, None)
         except StopRequested:
             stop = True
-        if output is None and not stop:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        if output is None and not (stop or full):
             return None  # no more losses; after an update it is too late to leave the step
         self._stop_together(stop)
+        if any(agree([full])):
+            raise MemoryRanOutError("on one of the ranks")
         return output
 
     def _stop_together(self, stop: bool) -> None:

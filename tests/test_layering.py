@@ -11,8 +11,8 @@ FLOORS = {
     "fastcraft.registry": 1, "fastcraft.records": 1, "fastcraft.recipe": 1, "fastcraft.config": 2,
     "fastcraft.data": 3, "fastcraft.text": 3, "fastcraft.diffusion": 3, "fastcraft.memory": 3, "fastcraft.rewards": 3,
     "fastcraft.objectives": 4, "fastcraft.engine": 4, "fastcraft.evaluation": 4, "fastcraft.shapes": 4,
-    "fastcraft.assemble": 5, "fastcraft.evaluator": 6, "fastcraft.dry_run": 6, "fastcraft.trainer": 7,
-    "fastcraft.train": 8, "fastcraft.commands": 8, "fastcraft.cli": 9,
+    "fastcraft.forecast": 5, "fastcraft.assemble": 6, "fastcraft.evaluator": 7, "fastcraft.dry_run": 7,
+    "fastcraft.trainer": 8, "fastcraft.train": 9, "fastcraft.commands": 9, "fastcraft.cli": 10,
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},

@@ -60,8 +60,17 @@ def sample_seed(run_seed: int, index: int, stream: int = 0) -> int:
     return _hash64("noise", run_seed, index, stream) >> 1
 
 
+def reused_index(index: int, *, reuse: int, pool: int) -> int:
+    """The sample whose prompt and noise the sample numbered ``index`` repeats.
+
+    ``pool`` samples are gone through ``reuse`` times in the same order, then the next ``pool``.
+    """
+    block, within = divmod(index, reuse * pool)
+    return block * pool + within % pool
+
+
 class PromptOrder:
-    """Batches of prompts in the order of `prompt_at`.
+    """Batches of prompts in the order of `prompt_at`, each pair of prompt and noise used ``reuse`` times.
 
     Sample numbers count over micro-steps and ranks, so the order is the same at any world size and batch size, and a
     run goes on exactly where it stopped when it keeps count of the samples it has seen.
@@ -69,16 +78,20 @@ class PromptOrder:
     Args:
         prompts: at least one.
         seed: of the run.
+        reuse: see `reused_index`.
+        pool: see `reused_index`.
 
     Raises:
         UserError: no prompts.
     """
 
-    def __init__(self, prompts: Sequence[str], *, seed: int) -> None:
+    def __init__(self, prompts: Sequence[str], *, seed: int, reuse: int = 1, pool: int = 1) -> None:
         if not len(prompts):
             raise UserError("prompts: at least one is needed, got none")
         self.prompts = prompts
         self.seed = seed
+        self.reuse = reuse
+        self.pool = pool
 
     def batch(self, first: int, rank: int, *, batch_size: int) -> PromptBatch:
         """What ``rank`` works on in the micro-step whose first sample, over all ranks, has the number ``first``.
@@ -89,7 +102,8 @@ class PromptOrder:
         if not (first >= 0 and rank >= 0 and batch_size >= 1):
             raise ValueError(f"PromptOrder.batch: first {first}, rank {rank}, batch_size {batch_size}")
         first += rank * batch_size
-        indices = list(range(first, first + batch_size))
+        numbers = range(first, first + batch_size)
+        indices = [reused_index(number, reuse=self.reuse, pool=self.pool) for number in numbers]
         prompts = [self.prompts[prompt_at(len(self.prompts), index, self.seed)] for index in indices]
         return PromptBatch(prompts=prompts, indices=indices)
 

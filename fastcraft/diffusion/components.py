@@ -4,6 +4,7 @@ A folder as `StableDiffusionPipeline.save_pretrained` writes it, or a hub id, be
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
     for module in (unet, vae):
         freeze(module).to(device)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = _latent_size(resolution, factor, unet.config.sample_size)
+    size = latent_size(resolution, factor, unet.config.sample_size)
     if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
         raise UserError(
             f"model.path: the UNet reads text of width {unet.config.cross_attention_dim}, the text encoder gives "
@@ -105,6 +106,43 @@ def load_skeletons(folder: str | Path) -> tuple[Any, Any]:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--model: cannot build {folder / name}: {_first_line(error)}") from error
     return parts[0], parts[1]
+
+
+def empty_networks(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]], *, dtype: torch.dtype
+) -> tuple[Any, Any, list[Any]]:
+    """Frozen networks without weights, on the meta device, from the contents of their ``config.json``.
+
+    Args:
+        unet: of a ``UNet2DConditionModel``; SDXL's embedding of pooled text and sizes is left out.
+        vae: of an ``AutoencoderKL``.
+        text_encoders: of each ``CLIPTextModel``, which is float32.
+        dtype: of UNet and VAE.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        parts = (
+            UNet2DConditionModel.from_config({**unet, "addition_embed_type": None}),
+            AutoencoderKL.from_config(dict(vae)),
+        )
+        texts = [CLIPTextModel(CLIPTextConfig(**config)) for config in text_encoders]
+    frozen = [nn.Module.to(freeze(part), dtype) for part in parts]  # diffusers' own `to` warns about nothing here
+    return *frozen, [text.eval() for text in texts]  # type: ignore[return-value]
+
+
+def latent_size(resolution: int, factor: int, sample_size: int) -> int:
+    """Height and width of the latents of a picture of ``resolution`` pixels; 0 = the model's own ``sample_size``.
+
+    Raises:
+        UserError: not a multiple of what the UNet halves.
+    """
+    if not resolution:
+        return int(sample_size)
+    if resolution % (8 * factor):
+        raise UserError(f"model.resolution must be a multiple of {8 * factor}, got {resolution}")
+    return resolution // factor
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -164,14 +202,6 @@ def _load(cls: Any, folder: Path, **kwargs: Any) -> Any:
             f"{sorted(missing)[:3]}, {len(foreign)} unexpected {sorted(foreign)[:3]}"
         )
     return model
-
-
-def _latent_size(resolution: int, factor: int, sample_size: int) -> int:
-    if not resolution:
-        return int(sample_size)
-    if resolution % (8 * factor):
-        raise UserError(f"model.resolution must be a multiple of {8 * factor}, got {resolution}")
-    return resolution // factor
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,12 +1,12 @@
-"""Latents to pictures, with checkpointing of its own."""
+"""Latents to pictures, with a treatment of its own."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fastcraft.records import RECOMPUTE, CheckpointPlan
+from fastcraft.diffusion.treatments import carry_out
+from fastcraft.records import KEEP, CheckpointPlan
 
 
 def decode(vae: Any, latents: Tensor, plan: CheckpointPlan) -> Tensor:
@@ -15,8 +15,8 @@ def decode(vae: Any, latents: Tensor, plan: CheckpointPlan) -> Tensor:
     Args:
         vae: a frozen diffusers ``AutoencoderKL``.
         latents: ``(B, C, h, w)`` float32, in the UNet's scale.
-        plan: ``plan.decode`` says whether activations are kept or recomputed, ``plan.decode_micro_batch`` how many
-            pictures are decoded at once.
+        plan: ``plan.decode`` says what is kept for backward, ``plan.decode_micro_batch`` how many pictures are decoded
+            at once.
 
     Returns:
         ``(B, 3, H, W)`` float32 in [0, 1]. The clamp kills the gradient of saturated values, as in TextCraftor.
@@ -25,10 +25,8 @@ def decode(vae: Any, latents: Tensor, plan: CheckpointPlan) -> Tensor:
     def run(chunk: Tensor) -> Tensor:
         return vae.decode((chunk / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
 
-    pictures = []
-    for chunk in latents.split(plan.decode_micro_batch or len(latents)):
-        if plan.decode == RECOMPUTE and torch.is_grad_enabled() and chunk.requires_grad:
-            pictures.append(checkpoint(run, chunk, use_reentrant=False, preserve_rng_state=False))
-        else:
-            pictures.append(run(chunk))
+    pictures = [
+        carry_out(plan.decode if chunk.requires_grad else KEEP, run, chunk, module=vae)
+        for chunk in latents.split(plan.decode_micro_batch or len(latents))
+    ]
     return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)

@@ -72,6 +72,19 @@ class ImageModel:
             on_step=self.on_step,
         )
 
+    def prefix(
+        self, latents: Tensor, *, prefix_kv: TextKV, num_steps: int, noises: list[Tensor] | None = None
+    ) -> Tensor:
+        """The latents after the first ``num_steps`` steps, without gradient."""
+        return self.denoise(
+            latents,
+            text_kv=prefix_kv,
+            prefix_kv=prefix_kv,
+            trajectory=Trajectory(num_steps=num_steps),
+            plan=CheckpointPlan(steps=()),
+            noises=noises,
+        )
+
     def decode(self, latents: Tensor, plan: CheckpointPlan) -> Tensor:
         """See `fastcraft.diffusion.decode.decode`."""
         return decode(self.vae, latents, plan)

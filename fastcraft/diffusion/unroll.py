@@ -1,13 +1,14 @@
 """The unrolled denoising loop: executes a `Trajectory` under a `CheckpointPlan`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fastcraft.records import RECOMPUTE, CheckpointPlan, TextKV, Trajectory
+from fastcraft.diffusion.treatments import carry_out
+from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, TextKV, Trajectory
 
 
 def predict_noise(
@@ -80,40 +81,93 @@ def denoise(
         plan: what each step with gradient keeps for backward; its length is that of ``trajectory.grad_steps``.
         noises: per step ``(B, C, H, W)``, for a stochastic sampler; drawn outside so that a recompute repeats them.
         start: first step to execute.
-        on_step: called before every step; may raise to leave the loop.
+        on_step: called before every step, in a segment before the first of its steps; may raise to leave the loop.
 
     Returns:
         ``(B, C, H, W)`` float32: the latents after the last step, or its x0 estimate.
     """
     if len(plan.steps) != len(trajectory.grad_steps):
         raise ValueError(f"denoise: plan has {len(plan.steps)} steps, trajectory {len(trajectory.grad_steps)}")
-    treatments = dict(zip(trajectory.grad_steps, plan.steps, strict=True))
+    chain = _Chain(
+        unet=unet, sampler=sampler, guidance_scale=guidance_scale, trajectory=trajectory, noises=noises,
+        treatments=dict(zip(trajectory.grad_steps, plan.steps, strict=True)),
+        timesteps=torch.tensor(sampler.timesteps, device=latents.device),
+    )  # fmt: skip
     first = min(trajectory.grad_steps, default=trajectory.num_steps)
-    timesteps = torch.tensor(sampler.timesteps, device=latents.device)
-
-    def predict(index: int, latents: Tensor, *flat: Tensor) -> Tensor:
-        source = text_kv if index >= first else prefix_kv
-        kv = TextKV(layers=dict(zip(source.layers, zip(flat[::2], flat[1::2], strict=True), strict=True)))
-        return predict_noise(
-            unet, latents, timesteps[index], kv, guidance_scale=guidance_scale, uncond_grad=trajectory.uncond_grad
-        )
-
-    for index in range(start, trajectory.num_steps):
+    if start < first:
+        with torch.inference_mode():
+            for index in range(start, first):
+                if on_step is not None:
+                    on_step()
+                latents = chain.step(index, latents, prefix_kv)
+        latents = latents.clone()  # autograd refuses to save a tensor made in inference mode
+    for steps, together in _regions(trajectory, plan, max(start, first)):
         if on_step is not None:
             on_step()
+        latents = chain.run(steps, latents, text_kv, recomputed=together)
+    return latents
+
+
+def _regions(trajectory: Trajectory, plan: CheckpointPlan, start: int) -> Iterator[tuple[range, bool]]:
+    """Steps from ``start`` on, grouped: (steps, whether they are recomputed together)."""
+    position, index = 0, start
+    for length in plan.segments:
+        group = trajectory.grad_steps[position : position + length]
+        position += length
+        for between in range(index, group[0]):
+            yield range(between, between + 1), False
+        index = group[-1] + 1
+        yield range(group[0], index), True
+    for rest in range(index, trajectory.num_steps):
+        yield range(rest, rest + 1), False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chain:
+    """What all steps of one run share; ``treatments`` has the steps with gradient. Names as in `denoise`."""
+
+    unet: Any
+    sampler: Any
+    guidance_scale: float
+    trajectory: Trajectory
+    noises: Sequence[Tensor] | None
+    treatments: Mapping[int, str]
+    timesteps: Tensor
+
+    def run(self, steps: range, latents: Tensor, text_kv: TextKV, *, recomputed: bool) -> Tensor:
+        """Several steps, run again in backward as a whole if ``recomputed``."""
+
+        def chain(latents: Tensor, *flat: Tensor) -> Tensor:
+            kv = text_kv.unflatten(flat)
+            for index in steps:
+                latents = self.step(index, latents, kv)
+            return latents
+
+        return carry_out(RECOMPUTE if recomputed else KEEP, chain, latents, *text_kv.flat(), module=self.unet)
+
+    def step(self, index: int, latents: Tensor, text_kv: TextKV) -> Tensor:
+        """The latents after step ``index``, or the x0 estimate where the run ends with one."""
+        trajectory = self.trajectory
+
+        def predict(latents: Tensor, *flat: Tensor) -> Tensor:
+            return predict_noise(
+                self.unet,
+                latents,
+                self.timesteps[index],
+                text_kv.unflatten(flat),
+                guidance_scale=self.guidance_scale,
+                uncond_grad=trajectory.uncond_grad,
+            )
+
         inputs = latents if trajectory.input_grad else latents.detach()
-        flat = (text_kv if index >= first else prefix_kv).flat()
-        if index not in treatments:
-            with torch.no_grad():
-                output = predict(index, inputs, *flat)
-        elif treatments[index] == RECOMPUTE:
-            output = checkpoint(predict, index, inputs, *flat, use_reentrant=False, preserve_rng_state=False)
+        if index in self.treatments:
+            output = carry_out(self.treatments[index], predict, inputs, *text_kv.flat(), module=self.unet)
         else:
-            output = predict(index, inputs, *flat)
-        if trajectory.row_starts and index in treatments and index < max(trajectory.row_starts):
+            with torch.no_grad():
+                output = predict(inputs, *text_kv.flat())
+        if trajectory.row_starts and index in self.treatments and index < max(trajectory.row_starts):
             started = torch.tensor([index >= row for row in trajectory.row_starts], device=output.device)
             output = torch.where(started[:, None, None, None], output, output.detach())
         if trajectory.predict_original and index == trajectory.num_steps - 1:
-            return sampler.predict_original(index, latents, output)
-        latents = sampler.step(index, latents, output, None if noises is None else noises[index])
-    return latents
+            return self.sampler.predict_original(index, latents, output)
+        return self.sampler.step(index, latents, output, None if self.noises is None else self.noises[index])

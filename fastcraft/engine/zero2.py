@@ -137,16 +137,27 @@ class Zero2Engine:
         self.module = module
         self._updates = 0
         self._awaits_step = False
+        self.gradient_arrived = False
         self._make_moments()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward under autocast; once per micro-step when gradients are on."""
-        return self._engine(*args, **kwargs)
+        output = self._engine(*args, **kwargs)
+        self.gradient_arrived = False
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(self._note_arrival)
+        return output
 
     forward = __call__
 
+    def _note_arrival(self, gradient: Tensor) -> None:
+        self.gradient_arrived = True
+
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar loss.
+
+        An error before the gradient has come to the module (``gradient_arrived``) leaves everything as it was: the
+        micro-step may be done again.
 
         Raises:
             RuntimeError: a second call before `step`; DeepSpeed would silently drop the first one's gradient.

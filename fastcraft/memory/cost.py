@@ -1,53 +1,150 @@
-"""What one step costs, counted without running it: FLOPs of a callable under fake tensors."""
+"""What one phase of a step costs, counted on tensors without contents: bytes, FLOPs, traffic and seconds."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+
+from fastcraft.memory.cards import Card
+from fastcraft.memory.tracker import AllocationTracker, Work
 
 
-def count_flops(
-    call: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, device: torch.device | str = "cpu"
-) -> tuple[int, int]:
-    """FLOPs of ``call`` on a float32 input of ``shape``: (forward, backward to the input).
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Bytes for n samples: ``fixed + each * n``."""
 
-    A multiply-add counts as two. Nothing is computed: weights are read as fake tensors, so this takes about a second
-    for Stable Diffusion's UNet on any machine.
+    fixed: int = 0
+    each: int = 0
+
+    def at(self, samples: int) -> int:
+        """Bytes for ``samples``."""
+        return self.fixed + self.each * samples
+
+    @classmethod
+    def through(cls, one: int, two: int) -> Self:
+        """The line through the bytes measured for one and for two samples."""
+        return cls(fixed=max(0, 2 * one - two), each=two - one if two > one else one)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One phase. ``held``: bytes from its forward to its backward; ``forward_peak``: highest point of the forward above
+    what was there before it; ``backward_extra``: highest point of the backward above what is held when it begins.
+
+    ``first_held`` and ``first_extra``: the same of a step whose latents carry no gradient (the first with gradient, or
+    any step under a stop-gradient on its input).
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(shape, device=device, requires_grad=True)
-        with FlopCounterMode(display=False) as forward:
-            output = call(x)
-        with FlopCounterMode(display=False) as backward:
-            output.float().sum().backward()
-    return forward.get_total_flops(), backward.get_total_flops()
+
+    held: Line
+    forward_peak: Line
+    backward_extra: Line = field(default_factory=Line)
+    first_held: Line | None = None
+    first_extra: Line | None = None
+    forward: Work
+    backward: Work = field(default_factory=lambda: Work(ops={}))
+
+    @property
+    def works(self) -> tuple[Work, Work]:
+        """Forward and backward."""
+        return self.forward, self.backward
+
+    @property
+    def flops(self) -> int:
+        """Of both, for one sample."""
+        return self.forward.flops + self.backward.flops
+
+    def step_bytes(self, samples: int, *, first: bool) -> tuple[int, int]:
+        """(held, backward extra) of a denoising step."""
+        held = self.first_held if first and self.first_held else self.held
+        extra = self.first_extra if first and self.first_extra else self.backward_extra
+        return held.at(samples), extra.at(samples)
 
 
-def step_flops(
-    unet: tuple[int, int], decode: tuple[int, int], *, samples: int, num_inference_steps: int, backprop_steps: int,
-    guided: bool, recompute: bool,
-) -> dict[str, int]:  # fmt: skip
-    """FLOPs of one optimiser step by phase.
+def work_seconds(work: Work, card: Card, *, dtype: str, samples: int) -> float:
+    """Roofline time: every op takes its products, its traffic or its launch, whichever is longest."""
+    rate, bandwidth = card.matmul_flops[dtype], card.bandwidth * card.share("bandwidth")
+    total = 0.0
+    for op, count in work.ops.items():
+        product = op.flops * samples / (rate * card.share(op.kind))
+        traffic = (op.moved_bytes * samples + op.weight_bytes) / bandwidth
+        total += count * max(product, traffic, card.launch_seconds)
+    return total
+
+
+def static_bytes(
+    *, frozen: Mapping[str, int], num_trained: int, world_size: int = 1, max_bucket: int
+) -> tuple[dict[str, int], int]:
+    """(bytes by kind that stay, bytes while the optimiser runs) under ZeRO-2 with float32 parameters.
 
     Args:
-        unet: forward and backward of one UNet call on one latent.
-        decode: forward and backward of one decode.
-        samples: pictures of the step, over all micro-steps of one rank.
-        num_inference_steps: T.
-        backprop_steps: K.
-        guided: whether every step calls the UNet on two latents.
-        recompute: whether the K steps and the decode run forward a second time.
+        frozen: bytes by kind of what is not trained, and of untrained parts of the trained module.
+        num_trained: trained parameters.
+        world_size: ranks that share masters, moments and gradients.
+        max_bucket: elements of the largest reduction bucket.
     """
-    calls = samples * (2 if guided else 1)
-    forwards = 2 if recompute else 1
-    return {
-        "prefix": calls * (num_inference_steps - backprop_steps) * unet[0],
-        "steps with gradient": calls * backprop_steps * (forwards * unet[0] + unet[1]),
-        "decode": samples * (forwards * decode[0] + decode[1]),
+    shard = math.ceil(4 * num_trained / world_size)
+    kinds = {
+        **frozen,
+        "trained weights": 4 * num_trained,
+        "masters and moments": 3 * shard,
+        "gradient bucket": 4 * min(num_trained, max_bucket),
     }
+    return kinds, 2 * shard
+
+
+def measure(run: Callable[[int], tuple[Tensor, ...]], *, weights: Iterable[Tensor], backward: bool = True) -> Cost:
+    """Cost of a phase that is a function of the number of samples, taken at one and two samples.
+
+    Args:
+        run: what the phase leaves behind; its sum is back-propagated.
+        weights: what is there before.
+        backward: whether it has one.
+    """
+    one, two = (_measure_once(lambda n=n: run(n), weights=weights, backward=backward) for n in (1, 2))  # type: ignore[misc]
+    lines = [Line.through(a, b) for a, b in zip(one[:3], two[:3], strict=True)]
+    return Cost(held=lines[0], forward_peak=lines[1], backward_extra=lines[2], forward=one[3], backward=one[4])
+
+
+def measure_step(
+    step: Callable[[Tensor], Tensor], latents: Tensor, *, weights: Iterable[Tensor], backward: bool = True
+) -> Cost:
+    """Cost of one denoising step on one sample; everything in it is proportional to the batch.
+
+    Args:
+        step: latents in, latents out.
+        latents: ``(1, C, h, w)``.
+        weights: what is there before, the text keys included.
+        backward: False for a step without gradient.
+    """
+    weights = [*weights, latents]
+    start = latents.detach().requires_grad_(backward)
+    held, forward_peak, extra, forward, work = _measure_once(lambda: (step(start),), weights=weights, backward=backward)
+    first: dict[str, Line] = {}
+    if backward:
+        row = _measure_once(lambda: (step(latents),), weights=weights, backward=True)
+        first = {"first_held": Line(each=row[0]), "first_extra": Line(each=row[2])}
+    return Cost(
+        held=Line(each=held), forward_peak=Line(each=forward_peak), backward_extra=Line(each=extra), **first,
+        forward=forward, backward=work,
+    )  # fmt: skip
+
+
+def _measure_once(
+    run: Callable[[], tuple[Tensor, ...]], *, weights: Iterable[Tensor], backward: bool
+) -> tuple[int, int, int, Work, Work]:
+    """(held, forward peak, backward extra, forward work, backward work)."""
+    with AllocationTracker(weights) as tracker:
+        outputs = run()
+        held, forward_peak, forward = tracker.live, tracker.peak, tracker.work()
+        if not backward:
+            return held, forward_peak, 0, forward, Work(ops={})
+        tracker.restart()
+        roots = [output for output in outputs if output.requires_grad]
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+        return held, forward_peak, tracker.peak - held, forward, tracker.work()
 
 
 def parameter_counts(*modules: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ DRaFT-LV's n draws the first is the trajectory's own last step. PickScore-like r
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,18 @@ from torch import Tensor
 
 from fastcraft.data.order import sample_seed
 from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.diffusion.prefix_store import Prefixes
+from fastcraft.objectives.head import head_first
 from fastcraft.objectives.truncation import choose_trajectory
-from fastcraft.records import CheckpointPlan, LossOutput, PromptBatch, RewardOutput, Trajectory
+from fastcraft.records import (
+    CheckpointPlan,
+    LossOutput,
+    PromptBatch,
+    PromptEmbeds,
+    RewardOutput,
+    TextKV,
+    Trajectory,
+)
 from fastcraft.text.prompt_encoder import PromptEncoder
 
 _TRUNCATION_STREAM = 1
@@ -51,10 +62,13 @@ class RewardBackprop:
     Args:
         text: encodes prompts.
         model: makes pictures.
-        rewards: (images (B, 3, H, W) in [0, 1], prompts) -> `RewardOutput`.
+        rewards: (images (B, 3, H, W) in [0, 1], prompts) -> `RewardOutput`; no score may depend on another image. One
+            with a ``statistics`` that is not None also takes ``update_statistics``, as `WeightedRewards`.
         make_plan: number of steps with gradient -> `CheckpointPlan`.
         settings: which method.
         seed: of the run; noise and truncation are functions of it and of the sample's number.
+        prefixes: keeps the latents of the frozen steps; only for a prefix by the original encoder that always ends at
+            the same step. Its metric ``prefix_reused`` is the share of micro-batches that were found.
     """
 
     def __init__(
@@ -66,6 +80,7 @@ class RewardBackprop:
         make_plan: Callable[[int], CheckpointPlan],
         settings: BackpropSettings,
         seed: int,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.text = text
         self.model = model
@@ -73,6 +88,7 @@ class RewardBackprop:
         self.make_plan = make_plan
         self.settings = settings
         self.seed = seed
+        self.prefixes = prefixes
 
     def losses(self, batch: PromptBatch, *, draw: int) -> Iterator[LossOutput]:
         """One loss per micro-batch.
@@ -82,51 +98,73 @@ class RewardBackprop:
             draw: number of the micro-step's first sample, the same on every rank: seeds a truncation that the
                 micro-batch shares.
         """
+        settings, prompts = self.settings, batch.prompts
         trajectory = self._trajectory(draw, batch.indices)
         plan = self.make_plan(len(trajectory.grad_steps))
-        trained = self.text.trained(batch.prompts)
-        original = self.text.original(batch.prompts) if self._needs_original else None
+        trained = self.text.trained(prompts)
+        original = self.text.original(prompts) if settings.anchor_weight else None
         text_kv = self.model.text_kv(trained)
-        if self.settings.prefix_encoder == "original" and original is not None:
-            with torch.no_grad():
-                prefix_kv = self.model.text_kv(original)
-        else:
-            prefix_kv = text_kv.detach()
-        latents, noises = self.model.noise([sample_seed(self.seed, index) for index in batch.indices])
+        seeds = [sample_seed(self.seed, index) for index in batch.indices]
+        latents, noises = self.model.noise(seeds)
+        first, last = trajectory.grad_steps[0], trajectory.num_steps - 1
 
-        def run(latents: Tensor, start: int = 0) -> RewardOutput:
-            latents = self.model.denoise(
-                latents,
-                text_kv=text_kv,
-                prefix_kv=prefix_kv,
-                trajectory=trajectory,
-                plan=plan,
-                noises=noises,
-                start=start,
-            )
-            final.append(latents.detach())
-            return self.rewards(self.model.decode(latents, plan), batch.prompts)
+        def prefix() -> Tensor:
+            kv = self._original_kv(prompts, original) if settings.prefix_encoder == "original" else text_kv.detach()
+            return self.model.prefix(latents, prefix_kv=kv, num_steps=first, noises=noises)
 
-        final: list[Tensor] = []
-        outputs = [run(latents)]
-        last = trajectory.num_steps - 1
-        for extra in range(1, self.settings.low_variance_draws):
-            seeds = [sample_seed(self.seed, index, _LOW_VARIANCE_STREAM + extra) for index in batch.indices]
-            outputs.append(run(self.model.sampler.add_noise(last, final[0], self.model.noise(seeds)[0]), last))
+        finish = partial(
+            self.model.denoise, text_kv=text_kv, prefix_kv=text_kv, trajectory=trajectory, plan=plan, noises=noises
+        )
+        begun, metrics = self._begin(prompts, seeds, prefix)
+        ends = [finish(begun, start=first)]
+        for extra in range(1, settings.low_variance_draws):
+            fresh = [sample_seed(self.seed, index, _LOW_VARIANCE_STREAM + extra) for index in batch.indices]
+            noisy = self.model.sampler.add_noise(last, ends[0].detach(), self.model.noise(fresh)[0])
+            ends.append(finish(noisy, start=last))
 
-        total = torch.stack([output.total for output in outputs])  # (draws, B)
-        loss = self._loss(total) * self.settings.loss_scale
-        metrics = {f"reward/{name}": part.detach().mean() for name, part in outputs[0].parts.items()}
-        metrics["reward/total"] = outputs[0].total.detach().mean()
-        if self.settings.anchor_weight and original is not None:
+        loss, scores = self._head(ends, prompts, plan)
+        metrics |= {f"reward/{name}": part.detach().mean() for name, part in scores.parts.items()}
+        metrics["reward/total"] = scores.total.detach().mean()
+        if original is not None:
             anchor = F.mse_loss(trained.cond.float(), original.cond.float())
             metrics["anchor"] = anchor.detach()
-            loss = loss + self.settings.anchor_weight * anchor
+            loss = loss + settings.anchor_weight * anchor
         yield LossOutput(loss=loss, metrics=metrics)
 
-    @property
-    def _needs_original(self) -> bool:
-        return self.settings.prefix_encoder == "original" or self.settings.anchor_weight > 0
+    def _begin(
+        self, prompts: list[str], seeds: list[int], prefix: Callable[[], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The latents before the first step with gradient, from the store where there is one; its metric."""
+        if self.prefixes is None:
+            return prefix(), {}
+        latents, reused = self.prefixes.fetch(prompts, seeds, prefix)
+        device = self.model.device
+        return latents.to(device), {"prefix_reused": torch.tensor(float(reused), device=device)}
+
+    def _original_kv(self, prompts: list[str], original: PromptEmbeds | None) -> TextKV:
+        with torch.no_grad():
+            return self.model.text_kv(self.text.original(prompts) if original is None else original)
+
+    def _head(self, ends: list[Tensor], prompts: list[str], plan: CheckpointPlan) -> tuple[Tensor, RewardOutput]:
+        """The loss over all draws, and the scores of the first one."""
+        settings, micro_batch = self.settings, plan.decode_micro_batch
+        if 0 < micro_batch < len(prompts):
+            share = settings.loss_scale / (len(ends) * len(prompts))
+            heads = [
+                head_first(
+                    end,
+                    prompts,
+                    decode=lambda latents: self.model.decode(latents, plan),
+                    rewards=self.rewards,
+                    loss=lambda total: self._penalty(total).sum() * share,
+                    micro_batch=micro_batch,
+                )
+                for end in ends
+            ]
+            return torch.stack([head.loss for head in heads]).sum(), heads[0].output
+        outputs = [self.rewards(self.model.decode(end, plan), prompts) for end in ends]
+        total = torch.stack([output.total for output in outputs])  # (draws, B)
+        return self._penalty(total).mean() * settings.loss_scale, outputs[0]
 
     def _trajectory(self, draw: int, indices: list[int]) -> Trajectory:
         settings = self.settings
@@ -142,8 +180,6 @@ class RewardBackprop:
             uncond_grad=settings.uncond_grad,
         )
 
-    def _loss(self, total: Tensor) -> Tensor:
-        """The sign flips here and nowhere else."""
-        if self.settings.loss == "hinge":
-            return F.relu(self.settings.hinge_margin - total).mean()
-        return -total.mean()
+    def _penalty(self, total: Tensor) -> Tensor:
+        """What each sample adds to the loss; the sign flips here and nowhere else."""
+        return F.relu(self.settings.hinge_margin - total) if self.settings.loss == "hinge" else -total

@@ -1,0 +1,168 @@
+"""One loop of the step benchmark, alone in its process: a JSON job on the command line, a JSON line printed last."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.published import PublishedLoop
+from fastcraft.assemble import assemble, make_objective, make_order
+from fastcraft.config import load_recipe
+from fastcraft.data.order import sample_seed
+from fastcraft.engine.agreement import close_distributed
+from fastcraft.engine.zero2 import Zero2Engine, fill_ds_config, init_distributed, load_ds_config
+from fastcraft.recipe import Recipe
+
+DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+
+
+def published(recipe: Recipe, device: torch.device, *, kind: str) -> Callable[[int], float]:
+    """A step function of `PublishedLoop`; ``kind`` is its style, or "compiled"."""
+    parts = assemble(recipe, device=device)
+    loop = PublishedLoop(
+        parts, style="repaired" if kind == "compiled" else kind, dtype=getattr(torch, recipe.train.dtype),  # type: ignore[arg-type]
+        guidance_scale=recipe.sampler.guidance_scale, num_inference_steps=recipe.sampler.num_inference_steps,
+        backprop_steps=recipe.objective.backprop_steps, spacing=recipe.sampler.timestep_spacing,
+    )  # fmt: skip
+    if kind == "compiled":
+        loop.compile()
+    order = make_order(recipe, parts, world_size=1)
+
+    def step(number: int) -> float:
+        batch = order.batch(number * recipe.train.batch_size, 0, batch_size=recipe.train.batch_size)
+        seeds = [sample_seed(recipe.train.seed, index) for index in batch.indices]
+        return loop.step(batch.prompts, parts.image_model.noise(seeds)[0])
+
+    return step
+
+
+def fastcraft(recipe: Recipe, device: torch.device) -> Callable[[int], float]:
+    """A step function of this project, through the ZeRO-2 engine."""
+    init_distributed(device.type)
+    parts = assemble(recipe, device=device)
+    train = recipe.train
+    sizes = [p.numel() for p in parts.trained.parameters() if p.requires_grad]
+    config = fill_ds_config(
+        load_ds_config(DS_CONFIG), batch_size=train.batch_size, gradient_accumulation_steps=1, dtype=train.dtype,
+        max_grad_norm=train.max_grad_norm, learning_rate=train.learning_rate, betas=train.betas, eps=train.eps,
+        weight_decay=train.weight_decay, num_parameters=sum(sizes), largest_parameter=max(sizes),
+    )  # fmt: skip
+    engine = Zero2Engine(
+        parts.trained, ds_config=config, device=device, total_steps=train.num_steps, warmup_steps=0,
+        lr_schedule="constant",
+    )  # fmt: skip
+    objective, _ = make_objective(recipe, parts, engine)
+    order = make_order(recipe, parts, world_size=1)
+
+    def step(number: int) -> float:
+        first = number * train.batch_size
+        batch = order.batch(first, 0, batch_size=train.batch_size)
+        (output,) = objective.losses(batch, draw=first)
+        engine.backward(output.loss)
+        parts.rewards.synchronize()
+        engine.step()
+        return float(output.loss.detach())
+
+    return step
+
+
+def measure(step: Callable[[int], float], *, rounds: int, cycle: int, device: torch.device) -> dict[str, Any]:
+    """Seconds per step of ``rounds`` cycles after one to warm up; a cycle is ``cycle`` steps, whose mean counts."""
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    before = held_mib(device)
+    losses = [step(number) for number in range(cycle)]
+    synchronize()
+    reset_peak(device)
+    seconds = []
+    for turn in range(1, rounds + 1):
+        began = time.perf_counter()
+        losses += [step(turn * cycle + number) for number in range(cycle)]
+        synchronize()
+        seconds.append((time.perf_counter() - began) / cycle)
+    peak = peak_mib(device)
+    return {
+        "seconds": seconds,
+        "first_loss": losses[0],
+        "peak_memory_mib": peak,
+        "step_memory_mib": peak - before,  # optimiser state included, it is made in the first step
+    }
+
+
+def count(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Arithmetic of one sample without recomputation, text and rewards included; and the best rate of a product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parts = assemble(recipe, device=device)
+    objective, _ = make_objective(recipe, parts, parts.trained)
+    batch = make_order(recipe, parts, world_size=1).batch(0, 0, batch_size=1)
+    with FlopCounterMode(display=False) as counter:
+        (output,) = objective.losses(batch, draw=0)
+        output.loss.backward()
+    size = 8192 if device.type == "cuda" else 1024
+    x = torch.randn(size, size, dtype=getattr(torch, recipe.train.dtype), device=device)
+    seconds = []
+    for _ in range(12):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        y = x @ x
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    del y
+    return {
+        "flops_per_sample": counter.get_total_flops(),
+        "matmul_flops_per_sec": 2 * size**3 / min(seconds),
+        "matmul_size": size,
+    }
+
+
+def held_mib(device: torch.device) -> float:
+    """What is held now: by the CUDA allocator, or this process's resident set (on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak, so that loading does not count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib(device: torch.device) -> float:
+    """Largest allocation of the CUDA allocator, or largest resident set, since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
+def main() -> None:
+    """Run the job and print what came of it."""
+    job = json.loads(sys.argv[1])
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    recipe = load_recipe(job["recipe"], job["overrides"])
+    if job["kind"] == "count":
+        result: dict[str, Any] = count(recipe, device)
+    else:
+        step = fastcraft(recipe, device) if job["kind"] == "fastcraft" else published(recipe, device, kind=job["kind"])
+        result = measure(step, rounds=job["rounds"], cycle=job["cycle"], device=device)
+    print(json.dumps(result), flush=True)
+    if torch.distributed.is_initialized():
+        close_distributed()
+
+
+if __name__ == "__main__":
+    main()

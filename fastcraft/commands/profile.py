@@ -1,0 +1,159 @@
+"""``fastcraft profile``: memory and time per denoising depth on this machine, beside what was predicted."""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastcraft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastcraft.memory.profile import Row
+    from fastcraft.recipe import Recipe
+
+HELP = "measure memory and time per denoising depth on this machine, beside the prediction"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add = parser.add_argument
+    add("--depths", default="1,5,10", metavar="K,K,...", help="steps with gradient (default: %(default)s)")
+    add(
+        "--policies", default="none,step,sac:attention+conv,auto", metavar="P,P,...",
+        help="memory policies (default: %(default)s)",
+    )  # fmt: skip
+    add("--recipe", default="shapes", metavar="NAME|FILE.toml", help="what to run (default: shapes)")
+    add(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
+        help="change one value of the recipe; repeatable",
+    )  # fmt: skip
+    add("--repeats", type=int, default=3, metavar="N", help="timed runs of each setting (default: 3)")
+    add("--out", type=Path, metavar="DIR", help="write memory_by_depth.csv, .json and .png there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every setting, print the table, write the files; exit status 0."""
+    depths = _numbers(args.depths)
+    if args.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {args.repeats}")
+    import torch
+
+    from fastcraft.config import load_recipe
+    from fastcraft.memory.profile import table
+
+    policies = [name.strip() for name in args.policies.split(",") if name.strip()]
+    longest = load_recipe(args.recipe, args.overrides).sampler.num_inference_steps
+    if max(depths) > longest:
+        raise UserError(f"--depths must be at most sampler.num_inference_steps ({longest}), got {max(depths)}")
+    recipes = {
+        (depth, name): load_recipe(
+            args.recipe, args.overrides, {"objective.backprop_steps": depth, "memory.policy": name}
+        )
+        for depth in depths
+        for name in policies
+    }
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    rows = measure(recipes, device=device, repeats=args.repeats)
+    print(table(rows))
+    if args.out:
+        write(rows, args.out, recipe=next(iter(recipes.values())), device=device, command=_command(args))
+    return 0
+
+
+def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device", repeats: int) -> "list[Row]":
+    """A row for every (depth, policy) that fits, all on the same networks, prompts and noise.
+
+    Args:
+        recipes: alike but for depth and policy.
+        device: where to run.
+        repeats: timed runs of each.
+    """
+    import torch
+
+    from fastcraft.assemble import assemble, make_objective, policy_of, run_planner
+    from fastcraft.data.order import PromptOrder
+    from fastcraft.engine.out_of_memory import is_out_of_memory
+    from fastcraft.forecast.networks import networks_of
+    from fastcraft.forecast.phases import TREATMENTS
+    from fastcraft.memory.planner import describe
+    from fastcraft.memory.profile import measure_row
+    from fastcraft.records import OFFLOAD
+
+    first = next(iter(recipes.values()))
+    parts = assemble(first, device=device)
+    networks = networks_of(parts.components, parts.trained, parts.rewards, name=first.model.path)
+    modules = (parts.trained, parts.original, parts.image_model.unet, parts.image_model.vae, parts.rewards)
+    weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    size = first.train.batch_size
+    batch = PromptOrder(parts.prompts, seed=first.train.seed).batch(0, 0, batch_size=size)
+    dtype = getattr(torch, first.train.dtype)
+
+    def encode(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as the engine does
+            return parts.trained(ids)
+
+    rows = []
+    for (depth, name), recipe in recipes.items():
+        make_plan, _ = policy_of(recipe, networks, device)
+        plan, predicted, static = make_plan(depth), None, 0
+        if not any(treatment.startswith(OFFLOAD) for treatment in plan.steps):  # not part of the estimate
+            planner = run_planner(recipe, networks, device, treatments={*TREATMENTS, *plan.steps})
+            predicted = planner.predict(planner.weigh(plan, batch_size=size))
+            static = planner.estimate.static_bytes
+        objective, _ = make_objective(recipe, replace(parts, make_plan=make_plan), encode)
+
+        def step(objective: Any = objective) -> torch.Tensor:
+            (output,) = objective.losses(batch, draw=0)
+            return output.loss
+
+        try:
+            row = measure_row(
+                step,
+                depth=depth,
+                policy=name,
+                plan=describe(plan, batch_size=size),
+                predicted=predicted,
+                static_bytes=static,
+                weights=weights,
+                device=device,
+                repeats=repeats,
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"depth {depth}, {name}: does not fit in memory here")
+            continue
+        rows.append(row)
+    return rows
+
+
+def write(rows: "list[Row]", folder: Path, *, recipe: "Recipe", device: "torch.device", command: str) -> None:
+    """``memory_by_depth`` as .csv, .json (with machine, versions and command) and .png in ``folder``."""
+    from fastcraft.evaluation.environment import environment
+    from fastcraft.memory.plot import plot
+    from fastcraft.memory.profile import as_csv
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory_by_depth.csv").write_text(as_csv(rows), encoding="utf-8")
+    result = {"command": command, "environment": environment(), "rows": [asdict(row) for row in rows]}
+    (folder / "memory_by_depth.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    title = f"{Path(recipe.model.path).name}, batch {recipe.train.batch_size}, {recipe.train.dtype}, {device.type}"
+    plot(rows, folder / "memory_by_depth.png", title=title)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise UserError(f"--depths must be numbers of steps joined by commas, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _command(args: argparse.Namespace) -> str:
+    sets = "".join(f" --set {item}" for item in args.overrides)
+    return (
+        f"fastcraft profile --recipe {args.recipe} --depths {args.depths} --policies {args.policies} "
+        f"--repeats {args.repeats}{sets}"
+    )

@@ -1,0 +1,1 @@
+"""What an optimiser step will take, before it is run, on any machine."""

@@ -1,0 +1,81 @@
+"""The planner of a run: its own networks on its own device."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import psutil
+import torch
+
+from fastcraft.forecast.cache import cached_estimate
+from fastcraft.forecast.networks import Networks
+from fastcraft.forecast.phases import TREATMENTS
+from fastcraft.memory.cards import CARDS, Card
+from fastcraft.memory.planner import Planner
+
+CPU_FLOPS, CPU_BANDWIDTH = 1e11, 2e10
+"""FLOP/s and bytes/s of a CPU: rough, only good to rank plans by."""
+
+
+def card_of(device: torch.device) -> Card:
+    """The device as a `Card`: its own memory, with the rates of the card it is called after (else of an A100).
+
+    A CPU has what is free now, less a tenth; ranks that share one should be given a budget each.
+    """
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        known = [card for name, card in CARDS.items() if name.partition("-")[0] in found.name.lower()]
+        return replace((known or [CARDS["a100-80g"]])[0], name=found.name, memory_bytes=found.total_memory)
+    return Card(
+        name="this CPU",
+        memory_bytes=psutil.virtual_memory().available,
+        matmul_flops=dict.fromkeys(("float32", "bfloat16", "float16"), CPU_FLOPS),
+        bandwidth=CPU_BANDWIDTH,
+        reserved_bytes=0,
+        slack=0.1,
+        efficiency=dict.fromkeys(("conv", "linear", "attention", "other", "bandwidth"), 1.0),
+    )
+
+
+def planner_of(
+    networks: Networks,
+    *,
+    device: torch.device,
+    guided: bool,
+    uncond_trained: bool,
+    num_inference_steps: int,
+    input_grad: bool,
+    budget_gib: float = 0.0,
+    decode_micro_batch: int = 0,
+    world_size: int = 1,
+    treatments: Iterable[str] = TREATMENTS,
+) -> Planner:
+    """A planner for these networks on this device.
+
+    Args:
+        networks: of the run.
+        device: where it trains.
+        guided: whether a step calls the UNet on two rows per sample.
+        uncond_trained: whether the trained encoder encodes the empty prompt too.
+        num_inference_steps: T.
+        input_grad: see `Trajectory`.
+        budget_gib: what tensors may take at the peak; 0 = what the device has.
+        decode_micro_batch: 0 = free to choose.
+        world_size: ranks of ZeRO-2.
+        treatments: what the estimate is to know.
+    """
+    estimate = cached_estimate(
+        networks,
+        guided=guided,
+        on_cpu=device.type == "cpu",
+        uncond_trained=uncond_trained,
+        world_size=world_size,
+        treatments=tuple(sorted(treatments)),
+    )
+    return Planner(
+        estimate,
+        card_of(device),
+        num_inference_steps=num_inference_steps,
+        input_grad=input_grad,
+        budget_bytes=int(budget_gib * 2**30) or None,
+        decode_micro_batch=decode_micro_batch,
+    )

@@ -1,0 +1,60 @@
+"""``fastcraft plan``: a plan for a card that is not there, from configurations alone; bad input in one line."""
+
+import json
+
+import pytest
+
+from fastcraft.cli import main
+
+
+@pytest.fixture(autouse=True)
+def estimates(tmp_path_factory, monkeypatch):
+    """One cache for all tests of this file: the estimate of the tiny model is made once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "plan_estimates"))
+
+
+def plan(folder, *options):
+    return main(["plan", "--model", str(folder), "--rewards", "", "--dtype", "float32", "--steps", "6", *options])
+
+
+def test_prints_and_writes_the_plan(tiny_pipeline, tmp_path, capsys):
+    file = tmp_path / "out" / "plan.json"
+    assert plan(tiny_pipeline, "--device", "64MiB", "--depth", "3", "--json", str(file)) == 0
+    printed = capsys.readouterr().out
+    for text in ("16 px, float32, guided, T = 6, K = 3", "not calibrated on a card yet", "saved by steps", "samples/s"):
+        assert text in printed
+    result = json.loads(file.read_text())
+    best = result["best"]
+    assert best["peak_bytes"] <= result["budget_bytes"] == 64 * 2**20
+    assert len(best["plan"]["steps"]) == 3
+    assert sum(best["prediction"]["bytes_by_kind"].values()) == best["peak_bytes"]
+    fastest = max(result["batches"], key=lambda row: row["samples_per_sec"])
+    assert best["batch_size"] == fastest["batch_size"] > 1
+    assert result["calibrated"] is False
+
+
+def test_another_policy_is_predicted_as_it_is(tiny_pipeline, capsys):
+    assert plan(tiny_pipeline, "--device", "h200", "--depth", "4", "--batch", "2", "--policy", "segment:2") == 0
+    assert "batch 2: 4 keep in segments of 2; decode recompute, 2 at once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "h20"], "--device: expected a card or a size such as 24GiB, got 'h20'; did you mean 'h200'?"),
+        (["--device", "1KiB"], "nothing fits on 9.54e-07 GiB (rates of an A100): batch 1 at depth 5 takes at least"),
+        (["--device", "h200", "--depth", "7"], "--depth must be at most --steps (6), got 7"),
+        (["--device", "h200", "--depth", "0"], "--depth must be at least 1, got 0"),
+        (["--device", "h200", "--guidance", "0.5"], "--guidance must be at least 1, got 0.5"),
+        (["--device", "h200", "--rewards", "hpsv3"], "--rewards: no architecture known for 'hpsv3'"),
+        (["--device", "h200", "--resolution", "20"], "model.resolution must be a multiple of 16, got 20"),
+        (["--device", "h200", "--policy", "stpe"], "memory.policy: unknown name 'stpe'; did you mean 'step'?"),
+        (["--device", "1MiB", "--policy", "none"], "--policy: 'none' takes"),
+        (["--device", "h200", "--model", "sd16"], "--model: expected a diffusers folder or one of sd15, sd21, sdxl"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_pipeline, capsys, options, message):
+    assert plan(tiny_pipeline, *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fastcraft: error: ")
+    assert message in error

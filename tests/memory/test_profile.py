@@ -1,0 +1,122 @@
+"""Measured rows beside predicted ones: what a row counts, and how rows are shown; the command on the tiny model."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fastcraft.cli import main
+from fastcraft.memory.estimate import Prediction
+from fastcraft.memory.plot import plot
+from fastcraft.memory.profile import Row, as_csv, measure_row, table
+
+MIB = 2**20
+
+
+def row(depth=1, policy="none", **changes):
+    values = {
+        "depth": depth, "policy": policy, "plan": "1 keep", "held_mib": 8.0, "peak_mib": 10.0 * depth,
+        "allocator_peak_mib": None, "resident_peak_mib": 12.0, "predicted_peak_mib": 11.0 * depth, "seconds": 0.5,
+        "predicted_seconds": 0.4,
+    }  # fmt: skip
+    return Row(**(values | changes))
+
+
+def prediction(peak):
+    return Prediction(
+        batch_size=1, peak_bytes=peak, at="", bytes_by_kind={}, saved_bytes=0, seconds_by_phase={"all": 1.0}, flops=0
+    )
+
+
+def test_a_row_counts_what_lies_above_the_weights():
+    linear = nn.Linear(MIB // 4, 4, bias=False)  # 4 MiB of weights, as much of gradient; 1 MiB of input
+    x = torch.ones(1, MIB // 4)
+
+    def step():
+        return linear(x.sin()).sum()
+
+    measured = measure_row(
+        step, depth=2, policy="none", plan="", predicted=prediction(7 * MIB), static_bytes=2 * MIB,
+        weights=[*linear.parameters(), x], device=torch.device("cpu"), repeats=1,
+    )  # fmt: skip
+    assert measured.held_mib == pytest.approx(1, abs=0.01)
+    assert measured.peak_mib == pytest.approx(5, abs=0.01)
+    assert measured.predicted_peak_mib == 5
+    assert measured.error == pytest.approx(0, abs=0.01)
+    assert linear.weight.grad is None
+
+
+def test_the_allocator_is_believed_where_there_is_one():
+    assert row().error == pytest.approx(0.1)
+    assert row(allocator_peak_mib=22.0).error == pytest.approx(-0.5)
+
+
+def test_rows_are_shown_and_written():
+    rows = [row(depth, policy) for policy in ("none", "step") for depth in (1, 5)]
+    shown = table(rows).splitlines()
+    assert len(shown) == 5
+    assert shown[1].split()[:5] == ["1", "none", "8.0", "10.0", "11.0"]
+    read = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert [entry["depth"] for entry in read] == ["1", "5", "1", "5"]
+    assert read[0]["allocator_peak_mib"] == ""
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_a_plot_is_written(tmp_path, ending):
+    path = tmp_path / "new" / f"memory.{ending}"
+    plot([row(depth, policy) for policy in ("none", "step") for depth in (1, 5)], path, title="tiny")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG") if ending == "png" else b"<svg" in content
+
+
+@pytest.fixture
+def recipe(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f"""
+model.path = "{tiny_pipeline}"
+prompts.path = "{tmp_path / "prompts.txt"}"
+sampler.num_inference_steps = 4
+train.dtype = "float32"
+train.batch_size = 2
+[[rewards]]
+name = "brightness"
+"""
+    )
+    return path
+
+
+def test_the_command_measures_every_setting(recipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--depths", "1,3", "--policies", "none,step,auto", "--repeats", "1", "--out", str(out)]
+    assert main(["profile", "--recipe", str(recipe), *options]) == 0
+    assert "sac" not in capsys.readouterr().out  # with memory to spare, auto keeps everything
+    rows = json.loads((out / "memory_by_depth.json").read_text())["rows"]
+    assert [(r["depth"], r["policy"]) for r in rows] == [(d, p) for d in (1, 3) for p in ("none", "step", "auto")]
+    peaks = {(r["depth"], r["policy"]): r["peak_mib"] for r in rows}
+    assert peaks[3, "none"] > 1.5 * peaks[1, "none"]
+    assert peaks[3, "step"] < 1.1 * peaks[1, "step"]
+    assert peaks[3, "auto"] == pytest.approx(peaks[3, "none"], rel=0.01)
+    for entry in rows:
+        assert entry["predicted_peak_mib"] == pytest.approx(entry["peak_mib"], rel=0.05), entry
+    assert (out / "memory_by_depth.csv").is_file()
+    assert (out / "memory_by_depth.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--depths", "1,x"], "--depths must be numbers of steps joined by commas, got '1,x'"),
+        (["--depths", "9"], "--depths must be at most sampler.num_inference_steps (4), got 9"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--depths", "1", "--policies", "non"], "memory.policy: unknown name 'non'; did you mean 'none'?"),
+    ],
+)
+def test_bad_input_is_one_line(recipe, capsys, options, message):
+    assert main(["profile", "--recipe", str(recipe), *options]) == 2
+    assert message in capsys.readouterr().err
