@@ -24,8 +24,8 @@ def result_tail(split: HeadSplit, arch: int) -> int:
 def is_aligned(x: Tensor) -> bool:
     """Whether 16-byte loads, and tensor descriptors, reach every row of every head (a zero stride is not for those)."""
     step = 16 // x.element_size()
-    strides = [x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % step == 0 for s in strides)
+    whole = all(s > 0 and s % step == 0 for s in x.stride()[:-1])
+    return whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
 def alike(*tensors: Tensor) -> tuple[Tensor, ...]:

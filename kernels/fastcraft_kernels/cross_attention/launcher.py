@@ -22,7 +22,7 @@ SUM_BLOCK = 1024
 def _layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """q, k, v as the kernels read them, and the batch stride of k and v: 0 where all samples share theirs."""
     shared = k.shape[0] < q.shape[0] or k.stride(0) == 0 == v.stride(0)
-    k, v = alike(k[:1], v[:1]) if shared else alike(k, v)
+    k, v = alike(k[0][None], v[0][None]) if shared else alike(k, v)
     return q if is_aligned(q) else q.contiguous(), k, v, 0 if shared else k.stride(0)
 
 

@@ -30,13 +30,15 @@ def cross_attention(
         v: as ``k``.
         scale: positive; ``D ** -0.5`` by default.
         sums: what `gather_kv_gradients` returned beside ``k`` and ``v``: the backward pass adds dK and dV to these in
-            float32, and ``k`` and ``v`` get no gradient from this call.
+            float32, and ``k`` and ``v`` get no gradient from this call. Not under ``torch.compile``, which keeps them
+            as saved tensors and refuses that they change between the steps' backward passes.
 
     Returns:
         (N, S, H, D), contiguous, dtype of ``q``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, too many keys, a head width without a kernel.
+        ValueError: shapes, dtypes or devices that do not fit, too many keys, a head width without a kernel; ``sums``
+            under ``torch.compile``.
 
     Saves for backward: q, k, v; no output, no statistics. dQ, dK and dV are bit-equal from run to run.
     Source: Dao et al. 2022, arXiv:2205.14135, appendix B; keys in one block and split queries are ours.
@@ -46,6 +48,8 @@ def cross_attention(
     if sums is None:
         result: Tensor = _cross_attention(q, k, v, scale)
         return result
+    if torch.compiler.is_compiling():
+        raise ValueError("cross_attention: sums must be None under torch.compile, whose graphs refuse their change")
     _check_sums(k, v, sums)
     result = _cross_attention_into(q, k, v, *sums, scale)
     return result

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Triton source of the guided step: one program per block of elements, any memory format, float32 arithmetic."""
 
 import torch

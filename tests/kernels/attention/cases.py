@@ -75,6 +75,13 @@ def test_a_backward_pass_takes_another_providers_forward_pass(device):
     assert_op_as_accurate(mixed, eager, [q, k, v], [dout])
 
 
+def test_an_older_triton_takes_whole_tails(device, monkeypatch):
+    monkeypatch.setattr("fastcraft_kernels.attention.launcher.has_narrow_group_products", lambda: False)
+    tensors = inputs(device, torch.float16, 70, 40)
+    with assume_device(H200):
+        assert_op_as_accurate(attention, eager, tensors, [torch.randn(1, 70, 2, 40, device=device)])
+
+
 def test_two_runs_are_bit_equal(device):
     q, k, v = inputs(device, torch.bfloat16, 200, 40)
     dout = torch.randn(1, 200, 2, 40, device=device)

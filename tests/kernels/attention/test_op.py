@@ -250,6 +250,18 @@ def test_the_fastest_right_answer_wins_a_row():
     load_attention_table({"rows": [{**forward, "provider": "triton", "arch": 90, "origin": "measured on a test"}]})
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_provider_is_right_on_the_card(tmp_path):
+    torch.use_deterministic_algorithms(False)  # which would refuse PyTorch's backward passes
+    path = tmp_path / "table.json"
+    rows = measure_attention(path, head_dims=(40, 160), sequences=(250,))["rows"]
+    for row in rows:
+        assert {"triton", "flash"} <= set(row["milliseconds"]), row
+        assert not any("its answer is wrong" in reason for reason in row["refused"].values()), row
+    load_attention_table(path)
+
+
 @pytest.mark.parametrize("name", ["flash", "cudnn", "efficient"])
 def test_pytorchs_backends_are_called_as_they_are_declared(name):
     q, k, v, dout = (torch.empty(2, 48, 8, 40, dtype=torch.float16, device="meta") for _ in range(4))

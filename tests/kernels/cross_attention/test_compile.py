@@ -12,11 +12,11 @@ from fastcraft_kernels.testing import A100, H200, RegisterTable, check_compiled,
 SEQUENCES = {40: 4096, 64: 4096, 80: 1024, 160: 256}
 ALL = ("cross_forward_kernel", "cross_dq_kernel", "cross_dkdv_kernel")
 CASES = [
-    *((facts, 231, width, torch.bfloat16, ALL[:2]) for facts in (A100, H200) for width in (80, 160)),
-    *((facts, 128, width, torch.bfloat16, ALL[:2]) for facts in (A100, H200) for width in (40, 64)),
-    *((facts, 77, 160, torch.float32, ALL) for facts in (A100, H200)),
-    *((facts, 77, width, torch.bfloat16, ALL) for facts in (A100, H200) for width in SEQUENCES),
-    *((facts, 77, 40, torch.bfloat16, ("cross_sum_kernel",)) for facts in (A100, H200)),
+    *((facts, 128, width, torch.bfloat16, ALL[:2]) for facts in (H200, A100) for width in (40, 64)),
+    *((facts, 77, 40, torch.bfloat16, ("cross_sum_kernel",)) for facts in (H200, A100)),
+    *((facts, 231, width, torch.bfloat16, ALL[:2]) for facts in (H200, A100) for width in (80, 160)),
+    (A100, 77, 160, torch.float32, ALL),  # one tile for all widths: the widest has the fewest registers
+    *((facts, 77, width, torch.bfloat16, ALL) for facts in (H200, A100) for width in SEQUENCES),
 ]
 SPILLS = {("cross_forward_kernel", 80, 231, 160): 80}  # bytes, in a loop over keys that no published model needs
 
