@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from fastcraft.memory.profile import table
 
     policies = [name.strip() for name in args.policies.split(",") if name.strip()]
-    longest = load_recipe(args.recipe, args.overrides).sampler.num_inference_steps
+    shallow = load_recipe(args.recipe, args.overrides, {"objective.backprop_steps": 1})
+    longest = shallow.sampler.num_inference_steps
     if max(depths) > longest:
         raise UserError(f"--depths must be at most sampler.num_inference_steps ({longest}), got {max(depths)}")
     recipes = {

@@ -26,6 +26,7 @@ from fastcraft.memory.cost import Cost, Line, measure, measure_step, static_byte
 from fastcraft.memory.estimate import StepEstimate
 from fastcraft.memory.tracker import Work, bytes_of
 from fastcraft.records import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan, TextKV, Trajectory
+from fastcraft.rewards.mix import WeightedRewards
 
 TREATMENTS = (
     KEEP, "sac:attention+conv+linear", "sac:attention+conv", "sac:conv", "sac:attention", RECOMPUTE, RECOMPUTE_BLOCKS,
@@ -64,6 +65,8 @@ class _Forecast:
         self.unet, self.vae, self.rewards = (
             hollow(module, device) for module in (networks.unet, networks.vae, networks.rewards)
         )
+        if isinstance(self.rewards, WeightedRewards):
+            keep_differentiable(self.rewards)
         schedule = NoiseSchedule(alphas_cumprod=(0.9, 0.8, 0.7), final_alpha_cumprod=1.0)
         self.sampler = DDIMSampler(schedule, num_inference_steps=2)
         self.weights = [t for module in (self.unet, self.vae, self.rewards) for t in _tensors(module)]
@@ -172,6 +175,15 @@ def _both(first: Work, second: Work) -> Work:
     ops = Counter(first.ops)
     ops.update(second.ops)
     return replace(first, ops=dict(ops))  # the projections run no attention
+
+
+def keep_differentiable(rewards: WeightedRewards) -> None:
+    """Take out, in place, rewards without gradient (they may leave torch, and keep nothing) and running statistics."""
+    kept = [i for i, reward in enumerate(rewards.rewards) if reward.differentiable]
+    rewards.names = [rewards.names[i] for i in kept]
+    rewards.weights = [rewards.weights[i] for i in kept]
+    rewards.rewards = nn.ModuleList(rewards.rewards[i] for i in kept)
+    rewards.statistics = None
 
 
 def hollow(module: nn.Module, device: str) -> Any:

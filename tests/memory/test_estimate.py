@@ -12,7 +12,7 @@ from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks, networks_from_configs
-from fastcraft.forecast.phases import TREATMENTS, estimate_step, hollow
+from fastcraft.forecast.phases import TREATMENTS, estimate_step, hollow, keep_differentiable
 from fastcraft.memory.architectures import MODELS, towers_of
 from fastcraft.memory.cards import CARDS
 from fastcraft.memory.cost import Line, measure_step, static_bytes, work_seconds
@@ -20,6 +20,8 @@ from fastcraft.memory.estimate import StepEstimate
 from fastcraft.memory.tracker import AllocationTracker, Op, Work, bytes_of
 from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackprop
 from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, PromptBatch, RewardOutput
+from fastcraft.rewards.brightness import BrightnessReward
+from fastcraft.rewards.mix import WeightedRewards
 from fastcraft.text.encoder import split_encoders
 from fastcraft.text.prompt_encoder import PromptEncoder
 
@@ -202,3 +204,18 @@ def test_memory_is_flat_in_the_depth_only_under_recompute(sd15, policy):
         return sd15.predict(plan, batch_size=4, num_inference_steps=50, card=card).peak_bytes - sd15.static_bytes
 
     assert (peak(50) <= 1.1 * peak(1)) == (policy == RECOMPUTE)
+
+
+def test_rewards_that_leave_torch_are_left_out():
+    class Counted(BrightnessReward):
+        differentiable = False
+
+        def forward(self, images, prompts):
+            return torch.from_numpy(images.numpy()).mean(dim=(1, 2, 3))
+
+    mix = WeightedRewards([("seen", BrightnessReward(), 1.0), ("counted", Counted(), 0.0)], normalize="running_std")
+    keep_differentiable(mix)
+    images = torch.ones(2, 3, 8, 8, device="meta", requires_grad=True)
+    mix(images, ["", ""]).total.sum().backward()
+    assert mix.names == ["seen"]
+    assert images.grad.shape == images.shape
