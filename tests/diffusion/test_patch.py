@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.patch import Patch
@@ -13,8 +15,7 @@ from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.errors import UserError
-from fastcraft.memory.cost import count_flops
-from fastcraft.memory.policies import POLICIES
+from fastcraft.memory.policies import POLICIES, make_policy
 from fastcraft.records import Trajectory
 from fastcraft_kernels.backend import current_backend
 from tests.diffusion.narrow_models import CONFIGS, make_narrow
@@ -141,14 +142,25 @@ def test_vae_agrees_and_is_restored(vae):
     }
 
 
-@pytest.mark.parametrize("policy", POLICIES.names())
+RUNNABLE = (
+    "none", "step", "step+block", "sac:attention+conv", "sac:fastcraft+linear", "segment:2", "last_k_live:1",
+    "plan:recompute,keep",
+)  # fmt: skip
+
+
+def test_no_policy_is_forgotten():
+    """Offloading needs a GPU; `auto` chooses among the others."""
+    assert {name.partition(":")[0] for name in RUNNABLE} | {"offload", "auto"} == set(POLICIES.names())
+
+
+@pytest.mark.parametrize("policy", RUNNABLE)
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
 def test_unrolled_gradient_under_every_policy(name, policy, vae, tiny_parts):
     """The project's loop: text keys once per prompt, guidance, two steps with gradient, decode."""
     unet = make_narrow(name).unet
     use_text_kv(unet)
     sampler = DDIMSampler(tiny_parts.components.schedule, num_inference_steps=3)
-    plan = POLICIES.get(policy)().plan(2)
+    plan = make_policy(policy).plan(2)
     noise = torch.randn(1, 4, 8, 8)
     inputs = [torch.randn(1, 7, 24, requires_grad=True) for _ in range(2)]
 
@@ -174,6 +186,17 @@ def test_a_text_too_long_for_the_op():
     plain = call(narrow, latents, inputs)
     with Patch(narrow.unet, backend="reference"):
         agree(call(narrow, latents, inputs), plain)
+
+
+def count_flops(run, shape):
+    """FLOPs of ``run`` on an input of ``shape``: (forward, backward to the input)."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(shape, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            output = run(x)
+        with FlopCounterMode(display=False) as backward:
+            output.float().sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
 
 
 def test_flops_are_those_of_the_plain_unet():
