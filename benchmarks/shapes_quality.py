@@ -1,8 +1,9 @@
 """Does it work? ``python -m benchmarks.shapes_quality --seeds 0 1 2``: the judge before and after, on the miniature.
 
-Runs ``shapes_full`` (CLIP reward with the aesthetic one) for every seed, and the same without the CLIP constraint (the
-aesthetic reward alone), which is what reward hacking looks like. Writes ``results/shapes_quality/``: JSON, a table and
-the reward curves. Runs that are already in ``--runs`` are read, not repeated.
+For every seed: ``shapes_full`` (CLIP reward with the aesthetic one), the same with TextCraftor's last five steps and
+prefix, and that without the CLIP constraint (the aesthetic reward alone), which is what reward hacking looks like.
+Writes ``results/shapes_quality/``: JSON, a table and the reward curves. Runs that are already in ``--runs`` are read,
+not repeated.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "shapes_quality"
+TEXTCRAFTOR = ["objective.truncation=last", "objective.input_grad=true", "text.prefix_encoder=original"]
 VARIANTS = {
-    "constrained": [],
-    "unconstrained": ["rewards.0.weight=0", "rewards.1.weight=1"],
+    "shapes_full": [],
+    "textcraftor": TEXTCRAFTOR,
+    "unconstrained": [*TEXTCRAFTOR, "rewards.0.weight=0", "rewards.1.weight=1"],
 }
 EXAM = ("fully_right", "color", "shape", "count", "relation", "size", "pattern", "background")
 
@@ -78,7 +81,7 @@ def plot(results: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    colors = dict(zip(results, ("tab:blue", "tab:red"), strict=True))
+    colors = dict(zip(VARIANTS, ("tab:blue", "tab:green", "tab:red"), strict=True))
     for axis, reward in zip(axes, ("clip", "aesthetic"), strict=True):
         for variant, runs in results.items():
             for number, run in enumerate(runs.values()):
