@@ -15,7 +15,6 @@ from fastcraft.data.order import PromptOrder
 from fastcraft.data.prompts import load_prompts
 from fastcraft.diffusion.components import Components, load_components
 from fastcraft.diffusion.image_model import ImageModel
-from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
@@ -37,7 +36,6 @@ from fastcraft.rewards.mix import WeightedRewards
 from fastcraft.text.encoder import TextEncoder, split_encoders
 from fastcraft.text.prompt_encoder import PromptEncoder
 from fastcraft.text.tokenize import tokenize
-from fastcraft_kernels.attention import load_attention_table
 
 MAX_COUNTED = 100_000
 _ENTRY_HEADER = 512  # bytes that a file of the prefix store has besides its latents, at most
@@ -273,11 +271,15 @@ def prompt_file(path: str) -> Path:
 def _use_kernels(settings: KernelsConfig, components: Components, device: torch.device) -> None:
     """Patch UNet and VAE for the rest of the process; ``kernels.backend`` says when."""
     if settings.attention_table:
+        from fastcraft_kernels.attention import load_attention_table
+
         try:
             load_attention_table(settings.attention_table)
         except ValueError as error:
             raise UserError(f"kernels.attention_table: {error}") from error
     if settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda"):
+        from fastcraft.diffusion.patch import Patch  # the ops take a second to load; a run without them need not wait
+
         Patch(components.unet, components.vae, backend=settings.backend).apply()
 
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Self-attention in Triton: forward, dQ and dK/dV, over head widths cut into two powers of two.
 
 One source serves pointers (sm80: ``cp.async``) and host tensor descriptors (sm90: TMA); `load_tile` is where they

@@ -28,8 +28,8 @@ class Provider:
     ``refusal(device, dtype, head_dim)`` says why the provider cannot serve such tensors, or ``None``.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Gradients]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Gradients]
     refusal: Callable[[torch.device, torch.dtype, int], str | None]
 
 

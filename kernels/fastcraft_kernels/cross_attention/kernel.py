@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Cross-attention in Triton: many queries, a few hundred keys at most.
 
 All keys of a prompt pass through one program, so nothing but q has to be kept: the dQ kernel finds the log-sum-exp and
