@@ -1,4 +1,4 @@
-"""Memory against depth, drawn for a paper: one line per policy, the prediction dashed beside it."""
+"""Memory and time against depth, drawn for a paper: one line per policy, the predicted memory dotted over it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,20 +40,22 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
         memory.plot(depths, [row.allocator_peak_mib or row.peak_mib for row in mine], label=policy, **style)
         dashed = [(row.depth, row.predicted_peak_mib) for row in mine if row.predicted_peak_mib is not None]
         if dashed:
-            memory.plot(*zip(*dashed, strict=True), color=style["color"], linestyle="--", linewidth=1)
+            memory.plot(*zip(*dashed, strict=True), color="black", linestyle=(0, (2, 3)), linewidth=0.9, zorder=3)
         time.plot(depths, [row.seconds for row in mine], label=policy, **style)
-    memory.set_ylabel("peak memory above weights (MiB)")
-    time.set_ylabel("forward + backward (s)")
+    memory.set_ylabel("peak above weights (MiB)", fontsize=8)
+    time.set_ylabel("forward + backward (s)", fontsize=8)
     for axes in (memory, time):
-        axes.set_xlabel("denoising steps with gradient (K)")
+        axes.set_xlabel("denoising steps with gradient (K)", fontsize=8)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     handles, labels = memory.get_legend_handles_labels()
-    handles.append(Line2D([], [], color="0.4", linestyle="--", linewidth=1))
-    figure.legend(handles, [*labels, "predicted"], loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    handles.append(Line2D([], [], color="black", linestyle=(0, (2, 3)), linewidth=0.9))
+    figure.legend(
+        handles, [*labels, "predicted"], loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
+    )
     memory.set_title(title, fontsize=9, loc="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)

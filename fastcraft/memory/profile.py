@@ -6,6 +6,7 @@ was there before the step, so weights and optimiser are not in them.
 """
 
 import csv
+import ctypes
 import gc
 import io
 import statistics
@@ -41,7 +42,7 @@ class Row:
     predicted_peak_mib: float | None
     """None: the policy is not part of the estimate (offload)."""
     seconds: float
-    """Median of a micro-step: forward and backward."""
+    """Median of a micro-step, forward and backward; on a CPU processor time, which other work does not lengthen."""
     predicted_seconds: float | None
 
     @property
@@ -90,13 +91,13 @@ def measure_row(
         loss = step()
         held = tracker.live
         loss.backward()
-    seconds = []
+    seconds, clock = [], time.perf_counter if device.type == "cuda" else time.process_time
     for _ in range(repeats):
         clear()
-        began = time.perf_counter()
+        began = clock()
         step().backward()
         _synchronize(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     clear()
     return Row(
         depth=depth, policy=policy, plan=plan, held_mib=held / 2**20, peak_mib=tracker.peak / 2**20,
@@ -130,9 +131,10 @@ def _peak_of(
 def _restart_resident() -> int | None:
     """Let Linux forget the largest resident set so far; the present one, KiB, or None where that cannot be done."""
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed still counts as resident until it is handed back
         _RESET.write_text("5")
         return _resident("VmRSS")
-    except OSError:
+    except (OSError, AttributeError):  # not Linux, or another C library
         return None
 
 
