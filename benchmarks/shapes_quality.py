@@ -2,13 +2,14 @@
 
 For every seed: ``shapes_full`` (CLIP reward with the aesthetic one), the same with TextCraftor's last five steps and
 prefix, and that without the CLIP constraint (the aesthetic reward alone), which is what reward hacking looks like.
-Writes ``results/shapes_quality/``: JSON, a table and the reward curves. Runs that are already in ``--runs`` are read,
-not repeated.
+Writes ``results/shapes_quality/``: JSON, a table, the reward curves and pictures of the first run. Runs that are
+already in ``--runs`` are read, not repeated.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -115,6 +116,9 @@ def main() -> None:
     (OUT / "results.json").write_text(json.dumps(document, indent=1) + "\n")
     (OUT / "table.md").write_text(f"`{command}`\n\n{table(results)}")
     plot(results, OUT / "reward_curves.png")
+    samples = sorted((args.runs / f"{args.variants[0]}-{args.seeds[0]}" / "samples").glob("*.png"))
+    shutil.copyfile(samples[0], OUT / "before.png")
+    shutil.copyfile(samples[-1], OUT / "after.png")
     print(table(results))
 
 

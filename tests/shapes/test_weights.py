@@ -64,7 +64,6 @@ def test_the_pipeline_obeys_a_prompt() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the shipped base model is below its gates; it needs longer training")
 def test_the_pipeline_is_good_but_not_too_good() -> None:
     table = examine_pipeline(WEIGHTS / "pipeline", guidance_scale=7.5, limit=60)
     assert 0.60 <= table["held_out_one"]["fully_right"] <= 1.0
