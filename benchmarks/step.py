@@ -190,7 +190,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path, *, title: str) -> None:
         memory.annotate(f"{mib:,.0f}", (mib, position), (5, 0), textcoords="offset points", va="center")
     for axis, largest, label in (
         (speed, max(max(pair) for pair in spreads), "samples/s (bar: median; line: 20 to 80 %)"),
-        (memory, max(bytes_), "memory of the step above the loaded models, MiB"),
+        (memory, max(bytes_), "memory of the step (MiB)"),
     ):
         axis.set_xlabel(label)
         axis.set_xlim(0, max(largest, 1e-9) * 1.18)
