@@ -124,7 +124,7 @@ def write_reward(folder: Path, *, width: int = 1, seed: int = 1) -> None:
     write_clip(folder, text=(hidden, 12, 12), vision=(1024 // width, 24))
     sizes = (hidden, 1024, 128, 64, 16, 1)
     layers = {}
-    for index, (number, inputs, outputs) in enumerate(zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=True)):
+    for index, (number, inputs, outputs) in enumerate(zip((0, 2, 4, 6, 7), sizes[:-1], sizes[1:], strict=True)):
         layers[f"layers.{number}.weight"] = torch.randn(outputs, inputs) / inputs**0.5
         layers[f"layers.{number}.bias"] = torch.zeros(outputs) + (5.0 if index == 4 else 0.0)
     save_file(layers, folder / "aesthetic.safetensors")

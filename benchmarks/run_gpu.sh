@@ -19,7 +19,7 @@ fi
 mkdir -p "$OUT" "$WORK"
 launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
 
-models() { [ -d "$WORK/models/reward" ] || python3 -m benchmarks.random_sd15 "$WORK/models" --width "$width"; }
+models() { [ -f "$WORK/models/hpsv2/HPS_v2_compressed.pt" ] || python3 -m benchmarks.random_sd15 "$WORK/models" --width "$width"; }
 
 sd15() { # batch size
     models
