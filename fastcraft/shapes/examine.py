@@ -26,7 +26,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from fastcraft.shapes.aesthetic import AestheticHead, vividness
 from fastcraft.shapes.captions import parse, sample_claims, write_long, write_short
 from fastcraft.shapes.judge import Verdict, judge_all, summarize
-from fastcraft.shapes.negatives import are_distinct, change_attribute
+from fastcraft.shapes.negatives import are_distinct, change_attribute, turn_relation
 from fastcraft.shapes.prompt_sets import load_prompts
 from fastcraft.shapes.render import render
 from fastcraft.shapes.scenes import Scene, is_held_out, sample_scene
@@ -59,6 +59,21 @@ def _described(rng: random.Random, count: int) -> tuple[list[Scene], list[str], 
     return scenes, right, wrong
 
 
+def _turned(rng: random.Random, count: int) -> tuple[list[Scene], list[str], list[str]]:
+    """Scenes of two objects, captions that say how they lie to each other, and captions that say the opposite."""
+    scenes: list[Scene] = []
+    right: list[str] = []
+    wrong: list[str] = []
+    while len(scenes) < count:
+        scene = sample_scene(rng, num_things=2, held_out=None)
+        claims = sample_claims(rng, scene, relation=1.0)
+        if claims.relations:
+            scenes.append(scene)
+            right.append(write_short(rng, claims))
+            wrong.append(write_short(rng, turn_relation(claims, 0)))
+    return scenes, right, wrong
+
+
 def examine_judge(*, count: int = 400, seed: int = SEED) -> dict[str, float]:
     """On rendered truth: share of claims judged right, and of changed captions that are called fully right."""
     scenes, right, wrong = _described(random.Random(seed), count)
@@ -86,15 +101,19 @@ def examine_reward(folder: Path, *, seed: int = SEED) -> dict[str, float]:
     pictures, captions = held_out_pictures(seed=seed)
     images, texts = embed_images(clip, pictures), embed_texts(clip, tokenize(tokenizer, captions))
     retrieved = (images @ texts.T).argmax(1) == torch.arange(len(captions))
-    scenes, right, wrong = _described(random.Random(seed + 1), 300)
-    seen = embed_images(clip, render(scenes))
-    margin = seen * (embed_texts(clip, tokenize(tokenizer, right)) - embed_texts(clip, tokenize(tokenizer, wrong)))
+
+    def prefers_right(described: tuple[list[Scene], list[str], list[str]]) -> float:
+        scenes, right, wrong = described
+        right_texts, wrong_texts = (embed_texts(clip, tokenize(tokenizer, part)) for part in (right, wrong))
+        return float(((embed_images(clip, render(scenes)) * (right_texts - wrong_texts)).sum(1) > 0).float().mean())
+
     head = AestheticHead(clip.config.projection_dim)
     head.load_state_dict({key: value.float() for key, value in load_file(folder / "aesthetic.safetensors").items()})
     pair = torch.stack([head(images), vividness(pictures)])
     return {
         "retrieval_top1": float(retrieved.float().mean()),
-        "prefers_right_to_changed_caption": float((margin.sum(1) > 0).float().mean()),
+        "prefers_right_to_changed_caption": prefers_right(_described(random.Random(seed + 1), 300)),
+        "prefers_right_to_turned_relation": prefers_right(_turned(random.Random(seed + 3), 300)),
         "aesthetic_correlation": float(torch.corrcoef(pair)[0, 1]),
     }
 

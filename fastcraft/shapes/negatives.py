@@ -25,13 +25,13 @@ def change_attribute(rng: random.Random, claims: Claims) -> tuple[Claims, str]:
     if kind == "background":
         return replace(claims, background=_other(rng, tuple(BACKGROUNDS), claims.background or "")), kind
     if kind == "relation":
-        return _turn_relation(claims, index), kind
+        return turn_relation(claims, index), kind
     things = list(claims.things)
     things[index] = replace(things[index], **{kind: _other(rng, _VALUES[kind], getattr(things[index], kind))})
     return replace(claims, things=tuple(things)), kind
 
 
-def _turn_relation(claims: Claims, index: int) -> Claims:
+def turn_relation(claims: Claims, index: int) -> Claims:
     """The opposite of one claimed relation."""
     relations = list(claims.relations)
     relations[index] = replace(relations[index], relation=OPPOSITE[relations[index].relation])
@@ -67,7 +67,7 @@ def wrong_claims(rng: random.Random, claims: Claims, *, swap: float = 0.5, turn:
         turn: how often to turn a relation round instead, where the caption claims one.
     """
     if claims.relations and rng.random() < turn:
-        return _turn_relation(claims, rng.randrange(len(claims.relations)))
+        return turn_relation(claims, rng.randrange(len(claims.relations)))
     while True:
         wrong = swap_attribute(rng, claims) if rng.random() < swap else change_attribute(rng, claims)[0]
         if wrong is not None and are_distinct(wrong.things) and not is_held_out(tuple(t.kind for t in wrong.things)):

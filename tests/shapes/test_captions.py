@@ -114,3 +114,10 @@ def test_held_out_prompts_cover_what_is_held_out() -> None:
 
 def test_long_captions_have_at_most_ten_sentences() -> None:
     assert all(5 <= caption.count(".") <= 10 for caption in load_prompts("long"))
+
+
+def test_a_turned_relation_changes_nothing_else() -> None:
+    claims = parse("a red circle left of a blue square on a white background")
+    wrong = wrong_claims(random.Random(0), claims, turn=1.0)
+    assert [relation.relation for relation in wrong.relations] == ["right"]
+    assert (wrong.things, wrong.background) == (claims.things, claims.background)
