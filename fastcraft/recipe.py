@@ -134,7 +134,7 @@ class MemoryConfig:
 class KernelsConfig:
     backend: Literal["auto", "triton", "reference"] = "auto"
     """Who computes UNet and VAE. triton: the fused kernels, refused where they cannot run; reference: diffusers' own
-    modules; auto: triton on CUDA, reference elsewhere (without a GPU, PyTorch's own CPU code is the faster one)."""
+    modules; auto: triton on CUDA, reference elsewhere."""
     attention_table: str = ""
     """Who computes self-attention on CUDA: a file of ``fastcraft info --measure-attention``; empty = as shipped."""
 
