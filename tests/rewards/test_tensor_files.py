@@ -184,7 +184,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, change, message, standins
 
 
 def test_an_old_causal_mask_is_no_mistake(standins, tmp_path):
-    damaged("hpsv2", standins, tmp_path, lambda tensors: tensors.update(attn_mask=torch.zeros(77, 77)))
+    images, prompts = torch.rand(2, 3, 32, 32), ["a cat", "a dog"]
+    (tmp_path / "masked").mkdir()
+    (tmp_path / "plain").mkdir()
+    masked = damaged(
+        "hpsv2", standins, tmp_path / "masked", lambda tensors: tensors.update(attn_mask=torch.zeros(77, 77))
+    )
+    plain = damaged("hpsv2", standins, tmp_path / "plain", lambda tensors: None)
+    assert torch.equal(masked(images, prompts), plain(images, prompts))
 
 
 def test_a_missing_vocabulary_says_where_it_looked(standins, tmp_path):
