@@ -30,9 +30,9 @@ class PublishedLoop:
     """One optimiser step at a time over stock diffusers and transformers modules.
 
     Args:
-        parts: of the recipe; its models' folder, tokenizer, VAE, text encoder and rewards are used, not its UNet.
+        parts: of the recipe; its models' folder, tokenizer, text encoder and rewards are used, not its UNet and VAE.
         style: see above.
-        dtype: of the UNet; VAE and rewards are as assembled.
+        dtype: of UNet and VAE; the rewards are as assembled.
         guidance_scale: above 1.
         num_inference_steps: T.
         backprop_steps: K.
@@ -43,16 +43,17 @@ class PublishedLoop:
         self, parts: Parts, *, style: Style, dtype: torch.dtype, guidance_scale: float, num_inference_steps: int,
         backprop_steps: int, spacing: str,
     ) -> None:  # fmt: skip
-        from diffusers import DDIMScheduler, UNet2DConditionModel
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
         folder, self.device = parts.components.folder, parts.image_model.device
         self.unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(self.device)
+        self.vae: Any = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(self.device)
         self.scheduler = DDIMScheduler.from_config(
             DDIMScheduler.load_config(folder / "scheduler"), timestep_spacing=spacing, clip_sample=False
         )
         self.scheduler.set_timesteps(num_inference_steps)
         self.style, self.dtype = style, dtype
-        self.vae, self.tokenizer, self.rewards = parts.components.vae, parts.components.tokenizer, parts.rewards
+        self.tokenizer, self.rewards = parts.components.tokenizer, parts.rewards
         self.text_encoder = parts.components.text_encoder
         self.original = copy.deepcopy(self.text_encoder).requires_grad_(False)
         self.guidance_scale, self.backprop_steps = guidance_scale, backprop_steps

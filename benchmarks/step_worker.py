@@ -1,5 +1,7 @@
 """One loop of the step benchmark, alone in its process: a JSON job on the command line, a JSON line printed last."""
 
+import dataclasses
+import gc
 import json
 import os
 import sys
@@ -16,6 +18,7 @@ from fastcraft.config import load_recipe
 from fastcraft.data.order import sample_seed
 from fastcraft.engine.agreement import close_distributed
 from fastcraft.engine.zero2 import Zero2Engine, fill_ds_config, init_distributed, load_ds_config
+from fastcraft.memory.tracker import AllocationTracker
 from fastcraft.recipe import Recipe
 
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -32,11 +35,13 @@ def published(recipe: Recipe, device: torch.device, *, kind: str) -> Callable[[i
     if kind == "compiled":
         loop.compile()
     order = make_order(recipe, parts, world_size=1)
+    noise = dataclasses.replace(parts.image_model, unet=None, vae=None).noise  # the loop has networks of its own
+    del parts
 
     def step(number: int) -> float:
         batch = order.batch(number * recipe.train.batch_size, 0, batch_size=recipe.train.batch_size)
         seeds = [sample_seed(recipe.train.seed, index) for index in batch.indices]
-        return loop.step(batch.prompts, parts.image_model.noise(seeds)[0])
+        return loop.step(batch.prompts, noise(seeds)[0])
 
     return step
 
@@ -95,6 +100,21 @@ def measure(step: Callable[[int], float], *, rounds: int, cycle: int, device: to
         "peak_memory_mib": peak,
         "step_memory_mib": peak - before,  # optimiser state included, it is made in the first step
     }
+
+
+def tensor_mib(step: Callable[[], float]) -> float:
+    """Peak of what all tensors on the CPU take in a step: weights and optimiser included, libraries not.
+
+    Not under `torch.compile`, whose regions this cannot look into.
+    """
+    gc.collect()
+    storages = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor) and item.device.type == "cpu":
+            storages[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+    with AllocationTracker() as tracker:
+        step()
+    return (sum(storages.values()) + tracker.peak) / 2**20
 
 
 def count(recipe: Recipe, device: torch.device) -> dict[str, float]:
@@ -159,6 +179,8 @@ def main() -> None:
     else:
         step = fastcraft(recipe, device) if job["kind"] == "fastcraft" else published(recipe, device, kind=job["kind"])
         result = measure(step, rounds=job["rounds"], cycle=job["cycle"], device=device)
+        if device.type == "cpu":
+            result["tensor_memory_mib"] = tensor_mib(lambda: step((job["rounds"] + 1) * job["cycle"]))
     print(json.dumps(result), flush=True)
     if torch.distributed.is_initialized():
         close_distributed()
