@@ -48,8 +48,9 @@ class PromptEmbeds:
 class TextKV:
     """Keys and values of every cross-attention layer, projected once per prompt.
 
-    ``layers`` maps the layer's module name in the UNet to ``(key, value)``, each ``(N, L, C)``; N is the UNet's batch
-    (2B with guidance: unconditional rows first).
+    ``layers`` maps the layer's module name in the UNet to ``(key, value)``, each ``(R, L, C)``. Of the UNet's N samples
+    (2B with guidance, unconditional ones first) the first N - R + 1 read row 0, each of the others a row of its own. So
+    R = N is a row each, and with R = B + 1 the unconditional samples share one.
     """
 
     layers: Mapping[str, tuple[Tensor, Tensor]]

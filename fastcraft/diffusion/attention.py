@@ -39,6 +39,12 @@ class SelfAttention:
         return _attend(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
 
 
+def _row_each(x: Tensor, num_samples: int) -> Tensor:
+    """Keys or values of `TextKV` with a row for every sample: as they are, or a copy."""
+    num_shared = num_samples - x.shape[0] + 1
+    return x if num_shared == 1 else torch.cat([x[:1].expand(num_shared, -1, -1), x[1:]])
+
+
 class CrossAttention:
     """Cross-attention whose keys and values come from ``text_kv``, not from ``encoder_hidden_states``.
 
@@ -48,6 +54,21 @@ class CrossAttention:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Projected text as this layer's entry in `TextKV.layers`, once per prompt.
+
+        Args:
+            key: ``(R, L, C)``; rows as in `TextKV`.
+            value: as ``key``.
+            num_samples: N.
+
+        Returns:
+            Key and value with a row for every sample. PyTorch's attention could read a shared row in place, by a call
+            for the samples that share it and one for the others, but these two take longer at every denoising step than
+            one copy for all steps (benchmarks/LOG.md).
+        """
+        return _row_each(key, num_samples), _row_each(value, num_samples)
 
     def __call__(
         self,
@@ -59,4 +80,5 @@ class CrossAttention:
     ) -> Tensor:
         if text_kv is None:
             raise ValueError(f"CrossAttention: layer {self.name!r} got no text_kv; pass it in cross_attention_kwargs")
-        return _attend(attn, attn.to_q(hidden_states), *text_kv.layers[self.name])
+        key, value = (_row_each(x, hidden_states.shape[0]) for x in text_kv.layers[self.name])
+        return _attend(attn, attn.to_q(hidden_states), key, value)

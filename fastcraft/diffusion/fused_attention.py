@@ -31,8 +31,13 @@ class FusedCrossAttention(CrossAttention):
     """Cross-attention by `fastcraft_kernels.cross_attention`.
 
     Keys and values come from ``text_kv``; without it they are projected from ``encoder_hidden_states``, as diffusers
-    does. A text longer than the op's `MAX_KEYS` is attended to by PyTorch's own attention.
+    does. A row that several samples share is read in place. A text longer than the op's `MAX_KEYS` is attended to by
+    PyTorch's own attention.
     """
+
+    def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Key and value ``(R, L, C)`` as they are: nothing is copied for the samples that share a row."""
+        return super().prepare(key, value, num_samples=num_samples) if key.shape[1] > MAX_KEYS else (key, value)
 
     def __call__(
         self,
@@ -51,7 +56,9 @@ class FusedCrossAttention(CrossAttention):
             raise ValueError(f"FusedCrossAttention: layer {self.name!r} got neither text_kv nor encoder_hidden_states")
         if key.shape[1] > MAX_KEYS:
             return super().__call__(attn, hidden_states, text_kv=TextKV(layers={self.name: (key, value)}))
-        out = cross_attention(_heads(attn.to_q(hidden_states), attn), _heads(key, attn), _heads(value, attn))
+        num_shared = hidden_states.shape[0] - key.shape[0] + 1
+        query, key, value = (_heads(x, attn) for x in (attn.to_q(hidden_states), key, value))
+        out = cross_attention(query, key, value, num_shared=num_shared)
         return attn.to_out[0](out.flatten(-2))
 
 

@@ -50,20 +50,17 @@ def project_text(unet: Any, prompt_embeds: Tensor, uncond_embeds: Tensor | None 
             shared by the batch.
 
     Returns:
-        ``TextKV`` with N = 2B rows (unconditional first) or N = B.
+        ``TextKV`` for N = 2B samples (unconditional first) or N = B. Fused layers hold the unconditional row once, the
+        others a copy for each sample.
     """
     batch = prompt_embeds.shape[0]
     embeds = prompt_embeds if uncond_embeds is None else torch.cat([uncond_embeds, prompt_embeds])
     embeds = embeds.to(unet.dtype)
-
-    def rows(projected: Tensor) -> Tensor:
-        if uncond_embeds is None:
-            return projected
-        return torch.cat([projected[:1].expand(batch, -1, -1), projected[1:]])
-
+    num_samples = batch if uncond_embeds is None else 2 * batch
     layers = {}
     for name, processor in unet.attn_processors.items():
         if isinstance(processor, CrossAttention):
             layer = unet.get_submodule(layer_name(name))
-            layers[layer_name(name)] = (rows(layer.to_k(embeds)), rows(layer.to_v(embeds)))
+            key, value = layer.to_k(embeds), layer.to_v(embeds)
+            layers[layer_name(name)] = processor.prepare(key, value, num_samples=num_samples)
     return TextKV(layers=layers)

@@ -26,7 +26,7 @@ def predict_noise(
         unet: prepared by `use_text_kv`.
         latents: ``(B, C, H, W)`` float32.
         timestep: ``()`` int64 on the UNet's device.
-        text_kv: 2B rows, unconditional first; B rows when ``guidance_scale`` is 1.
+        text_kv: for 2B samples, unconditional first; for B when ``guidance_scale`` is 1.
         guidance_scale: at least 1.
         uncond_grad: False stops the gradient of the unconditional branch (changes the gradient).
 
