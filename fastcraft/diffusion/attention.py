@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastcraft.records import TextKV
 
+Prepared = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
+"""Key, value, and the sums of their gradients, if the layer has such."""
+
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """(N, L, C) -> (N, H, L, C/H)."""
@@ -55,8 +58,8 @@ class CrossAttention:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Projected text as this layer's entry in `TextKV.layers`, once per prompt.
+    def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> Prepared:
+        """Projected text as this layer's entries in `TextKV`, once per prompt.
 
         Args:
             key: ``(R, L, C)``; rows as in `TextKV`.
@@ -64,11 +67,11 @@ class CrossAttention:
             num_samples: N.
 
         Returns:
-            Key and value with a row for every sample. PyTorch's attention could read a shared row in place, by a call
-            for the samples that share it and one for the others, but these two take longer at every denoising step than
-            one copy for all steps (benchmarks/LOG.md).
+            Key and value with a row for every sample, and no sums. PyTorch's attention could read a shared row in
+            place, by a call for the samples that share it and one for the others, but these two take longer at every
+            denoising step than one copy for all steps (benchmarks/LOG.md).
         """
-        return _row_each(key, num_samples), _row_each(value, num_samples)
+        return _row_each(key, num_samples), _row_each(value, num_samples), None
 
     def __call__(
         self,

@@ -138,7 +138,7 @@ class _Chain:
         """Several steps, run again in backward as a whole if ``recomputed``."""
 
         def chain(latents: Tensor, *flat: Tensor) -> Tensor:
-            kv = text_kv.unflatten(flat)
+            kv = text_kv.unflatten(flat, with_sums=True)
             for index in steps:
                 latents = self.step(index, latents, kv)
             return latents
@@ -154,7 +154,7 @@ class _Chain:
                 self.unet,
                 latents,
                 self.timesteps[index],
-                text_kv.unflatten(flat),
+                text_kv.unflatten(flat, with_sums=True),
                 guidance_scale=self.guidance_scale,
                 uncond_grad=trajectory.uncond_grad,
             )
