@@ -48,19 +48,29 @@ class PromptEmbeds:
 class TextKV:
     """Keys and values of every cross-attention layer, projected once per prompt.
 
-    ``layers`` maps the layer's module name in the UNet to ``(key, value)``, each ``(N, L, C)``; N is the UNet's batch
-    (2B with guidance: unconditional rows first).
+    ``layers`` maps the layer's module name in the UNet to ``(key, value)``, each ``(R, L, C)``. Of the UNet's N samples
+    (2B with guidance, unconditional ones first) the first N - R + 1 read row 0, each of the others a row of its own. So
+    R = N is a row each, and with R = B + 1 the unconditional samples share one.
+
+    ``sums`` has, for layers that add the gradients of all denoising steps up themselves, the float32 tensors that they
+    are added to, in the shapes of key and value.
     """
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
+    sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def flat(self) -> list[Tensor]:
         """Every tensor in layer order: key, value, key, value, ..."""
         return [tensor for pair in self.layers.values() for tensor in pair]
 
-    def unflatten(self, flat: Sequence[Tensor]) -> "TextKV":
-        """Other tensors in the places of these; the inverse of `flat`."""
-        return TextKV(layers=dict(zip(self.layers, zip(flat[::2], flat[1::2], strict=True), strict=True)))
+    def unflatten(self, flat: Sequence[Tensor], *, with_sums: bool = False) -> "TextKV":
+        """Other tensors in the places of these; the inverse of `flat`.
+
+        ``with_sums`` is for tensors whose gradient reaches these very ones in the pass that computes it. Copies (a
+        graph's static inputs, say) go without, and get their gradient from autograd.
+        """
+        layers = dict(zip(self.layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
+        return TextKV(layers=layers, sums=self.sums if with_sums else {})
 
     def detach(self) -> "TextKV":
         """The same numbers, cut off from the text encoder."""

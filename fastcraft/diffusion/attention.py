@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastcraft.records import TextKV
 
+Prepared = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
+"""Key, value, and the sums of their gradients, if the layer has such."""
+
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """(N, L, C) -> (N, H, L, C/H)."""
@@ -39,6 +42,12 @@ class SelfAttention:
         return _attend(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
 
 
+def _row_each(x: Tensor, num_samples: int) -> Tensor:
+    """Keys or values of `TextKV` with a row for every sample: as they are, or a copy."""
+    num_shared = num_samples - x.shape[0] + 1
+    return x if num_shared == 1 else torch.cat([x[:1].expand(num_shared, -1, -1), x[1:]])
+
+
 class CrossAttention:
     """Cross-attention whose keys and values come from ``text_kv``, not from ``encoder_hidden_states``.
 
@@ -48,6 +57,21 @@ class CrossAttention:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> Prepared:
+        """Projected text as this layer's entries in `TextKV`, once per prompt.
+
+        Args:
+            key: ``(R, L, C)``; rows as in `TextKV`.
+            value: as ``key``.
+            num_samples: N.
+
+        Returns:
+            Key and value with a row for every sample, and no sums. PyTorch's attention could read a shared row in
+            place, by a call for the samples that share it and one for the others, but these two take longer at every
+            denoising step than one copy for all steps (benchmarks/LOG.md).
+        """
+        return _row_each(key, num_samples), _row_each(value, num_samples), None
 
     def __call__(
         self,
@@ -59,4 +83,5 @@ class CrossAttention:
     ) -> Tensor:
         if text_kv is None:
             raise ValueError(f"CrossAttention: layer {self.name!r} got no text_kv; pass it in cross_attention_kwargs")
-        return _attend(attn, attn.to_q(hidden_states), *text_kv.layers[self.name])
+        key, value = (_row_each(x, hidden_states.shape[0]) for x in text_kv.layers[self.name])
+        return _attend(attn, attn.to_q(hidden_states), key, value)

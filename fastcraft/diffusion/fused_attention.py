@@ -1,14 +1,19 @@
 """Attention processors on the fused ops; like those of `attention`, they take text keys and values from `TextKV`."""
 
+import functools
+import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastcraft.diffusion.attention import CrossAttention, SelfAttention
+from fastcraft.diffusion.attention import CrossAttention, Prepared, SelfAttention
 from fastcraft.records import TextKV
 from fastcraft_kernels.attention import attention
-from fastcraft_kernels.cross_attention import cross_attention
+from fastcraft_kernels.cross_attention import cross_attention, gather_kv_gradients
 from fastcraft_kernels.cross_attention.tiles import MAX_KEYS
+
+logger = logging.getLogger(__name__)
 
 
 class FusedSelfAttention(SelfAttention):
@@ -31,8 +36,19 @@ class FusedCrossAttention(CrossAttention):
     """Cross-attention by `fastcraft_kernels.cross_attention`.
 
     Keys and values come from ``text_kv``; without it they are projected from ``encoder_hidden_states``, as diffusers
-    does. A text longer than the op's `MAX_KEYS` is attended to by PyTorch's own attention.
+    does. A row that several samples share is read in place. A text longer than the op's `MAX_KEYS` is attended to by
+    PyTorch's own attention.
     """
+
+    def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> Prepared:
+        """Key and value ``(R, L, C)`` as they are, where gradients are computed with the float32 sums in which those of
+        all denoising steps meet; they go on to the text in one piece. Nothing is copied for samples that share a row.
+        """
+        if key.shape[1] > MAX_KEYS:
+            return super().prepare(key, value, num_samples=num_samples)
+        if not torch.is_grad_enabled() or not key.requires_grad or _is_compiling():
+            return key, value, None
+        return gather_kv_gradients(key, value)
 
     def __call__(
         self,
@@ -43,16 +59,43 @@ class FusedCrossAttention(CrossAttention):
         text_kv: TextKV | None = None,
     ) -> Tensor:
         _refuse_mask(attention_mask)
+        sums = None
         if text_kv is not None:
             key, value = text_kv.layers[self.name]
+            sums = text_kv.sums.get(self.name)
         elif encoder_hidden_states is not None:
             key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         else:
             raise ValueError(f"FusedCrossAttention: layer {self.name!r} got neither text_kv nor encoder_hidden_states")
         if key.shape[1] > MAX_KEYS:
             return super().__call__(attn, hidden_states, text_kv=TextKV(layers={self.name: (key, value)}))
-        out = cross_attention(_heads(attn.to_q(hidden_states), attn), _heads(key, attn), _heads(value, attn))
+        num_shared = hidden_states.shape[0] - key.shape[0] + 1
+        query, key, value = (_heads(x, attn) for x in (attn.to_q(hidden_states), key, value))
+        if sums is not None:
+            sums = None if _is_compiling() else (_heads(sums[0], attn), _heads(sums[1], attn))
+        out = cross_attention(query, key, value, num_shared=num_shared, sums=sums)
         return attn.to_out[0](out.flatten(-2))
+
+
+def _is_compiling() -> bool:
+    """Whether ``torch.compile`` is tracing, whose graphs refuse the sums; said where it is."""
+    if not torch.compiler.is_compiling():
+        return False
+    _say_once()
+    return True
+
+
+@torch.compiler.assume_constant_result  # run by the tracer itself, and no break in its graph
+def _say_once() -> None:
+    _say()
+
+
+@functools.cache
+def _say() -> None:
+    logger.warning(
+        "in a graph of torch.compile, autograd adds up the gradients that denoising steps send to the text's keys and "
+        "values, in the network's dtype; outside of one it is done in float32"
+    )
 
 
 def _heads(x: Tensor, attn: Any) -> Tensor:

@@ -50,20 +50,21 @@ def project_text(unet: Any, prompt_embeds: Tensor, uncond_embeds: Tensor | None 
             shared by the batch.
 
     Returns:
-        ``TextKV`` with N = 2B rows (unconditional first) or N = B.
+        ``TextKV`` for N = 2B samples (unconditional first) or N = B. Fused layers hold the unconditional row once, the
+        others a copy for each sample. Where gradients are computed, those that the denoising steps send to fused layers
+        meet in float32; a pass of ``torch.autograd.grad`` has to name what the text was made from, not keys or values.
     """
     batch = prompt_embeds.shape[0]
     embeds = prompt_embeds if uncond_embeds is None else torch.cat([uncond_embeds, prompt_embeds])
     embeds = embeds.to(unet.dtype)
-
-    def rows(projected: Tensor) -> Tensor:
-        if uncond_embeds is None:
-            return projected
-        return torch.cat([projected[:1].expand(batch, -1, -1), projected[1:]])
-
-    layers = {}
+    num_samples = batch if uncond_embeds is None else 2 * batch
+    layers, sums = {}, {}
     for name, processor in unet.attn_processors.items():
         if isinstance(processor, CrossAttention):
             layer = unet.get_submodule(layer_name(name))
-            layers[layer_name(name)] = (rows(layer.to_k(embeds)), rows(layer.to_v(embeds)))
-    return TextKV(layers=layers)
+            key, value = layer.to_k(embeds), layer.to_v(embeds)
+            key, value, total = processor.prepare(key, value, num_samples=num_samples)
+            layers[layer_name(name)] = (key, value)
+            if total is not None:
+                sums[layer_name(name)] = total
+    return TextKV(layers=layers, sums=sums)

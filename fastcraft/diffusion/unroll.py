@@ -26,7 +26,7 @@ def predict_noise(
         unet: prepared by `use_text_kv`.
         latents: ``(B, C, H, W)`` float32.
         timestep: ``()`` int64 on the UNet's device.
-        text_kv: 2B rows, unconditional first; B rows when ``guidance_scale`` is 1.
+        text_kv: for 2B samples, unconditional first; for B when ``guidance_scale`` is 1.
         guidance_scale: at least 1.
         uncond_grad: False stops the gradient of the unconditional branch (changes the gradient).
 
@@ -138,7 +138,7 @@ class _Chain:
         """Several steps, run again in backward as a whole if ``recomputed``."""
 
         def chain(latents: Tensor, *flat: Tensor) -> Tensor:
-            kv = text_kv.unflatten(flat)
+            kv = text_kv.unflatten(flat, with_sums=True)
             for index in steps:
                 latents = self.step(index, latents, kv)
             return latents
@@ -154,7 +154,7 @@ class _Chain:
                 self.unet,
                 latents,
                 self.timesteps[index],
-                text_kv.unflatten(flat),
+                text_kv.unflatten(flat, with_sums=True),
                 guidance_scale=self.guidance_scale,
                 uncond_grad=trajectory.uncond_grad,
             )

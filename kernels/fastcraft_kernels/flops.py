@@ -29,7 +29,7 @@ def _linear(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> in
     return 2 * prod(out_shape) * weight[1]
 
 
-@register_flop_formula([_OPS.attention, _OPS.cross_attention, _OPS.cross_attention_into])
+@register_flop_formula([_OPS.attention, _OPS.cross_attention])
 def _attention(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
     return 2 * 2 * prod(q) * k[1]
 

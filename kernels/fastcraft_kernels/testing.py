@@ -119,7 +119,8 @@ def _specialise(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str,
     for parameter in kernel.params:
         name = parameter.name
         value = bound.get(name, parameter.default if parameter.has_default else None)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             constants[name] = value
         elif isinstance(value, Tensor):
             types[name] = "*" + _POINTERS[value.dtype]
@@ -130,7 +131,7 @@ def _specialise(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str,
             types[name] = "i1"
         elif isinstance(value, int):
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned += [name] if value % 16 == 0 else []
+            aligned += [name] if value % 16 == 0 and not plain else []
         else:
             types[name] = "fp32"
     options = {k: v for k, v in kwargs.items() if k not in names}

@@ -52,3 +52,15 @@ def make_narrow(name):
         return {"encoder_hidden_states": text, "added_cond_kwargs": added if name == "sdxl" else None}
 
     return SimpleNamespace(name=name, unet=unet, arguments=arguments)
+
+
+def make_smallest():
+    """One level of one head of width 40, frozen and in eval mode: for what takes long on more."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(40,), attention_head_dim=1, layers_per_block=1, cross_attention_dim=8,
+        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+    return unet.requires_grad_(False).eval()

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.unroll import predict_noise
 from fastcraft.errors import UserError
+from tests.diffusion.narrow_models import make_smallest
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
@@ -72,3 +74,28 @@ def test_unknown_attention_part_is_refused(tiny_parts):
     tiny_parts.stock.mid_block.attentions[0].transformer_blocks[0].attn1.norm_q = torch.nn.LayerNorm(4)
     with pytest.raises(UserError, match="has 'norm_q', which is not supported"):
         use_text_kv(tiny_parts.stock)
+
+
+@pytest.mark.parametrize(("length", "rows"), [(7, 4), (520, 6)])
+def test_fused_layers_hold_the_unconditional_text_once(length, rows):
+    """Three guided samples: the first three of six rows read row 0 in place, unless the op does not know the length."""
+    unet = make_smallest()
+    use_text_kv(unet)
+    cond, uncond = torch.randn(3, length, 8, requires_grad=True), torch.randn(1, length, 8, requires_grad=True)
+    latents = torch.randn(3, 4, 4, 4)
+
+    def predict(text_kv):
+        output = predict_noise(unet, latents, torch.tensor(99), text_kv, guidance_scale=3)
+        return [output.detach(), *torch.autograd.grad((output * torch.arange(4.0)).sum(), (cond, uncond))]
+
+    plain_kv = project_text(unet, cond, uncond)
+    assert {x.shape[0] for x in plain_kv.flat()} == {6}
+    plain = predict(plain_kv)
+    with Patch(unet, backend="reference"):
+        fused_kv = project_text(unet, cond, uncond)
+        assert {x.shape[0] for x in fused_kv.flat()} == {rows}
+        results = [predict(project_text(unet, cond, uncond)), predict(project_text(unet, cond, uncond))]
+    results.append(predict(fused_kv))  # plain layers read what fused ones were given
+    for result in results:
+        for ours, expected in zip(result, plain, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())

@@ -35,8 +35,8 @@ def gather_kv_gradients(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Ten
 
     Returns:
         ``k`` and ``v`` (views) and the float32 sums, for ``cross_attention(q, k, v, sums=sums)`` at every step. Uses of
-        the views outside of it get their gradient as usual. A second backward pass over a retained graph starts from
-        zero.
+        the views outside of it get their gradient as usual. Every backward pass over a retained graph starts from zero;
+        one that ends before ``k`` and ``v`` adds nothing. One has to name what lies behind the views, not the views.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.

@@ -31,6 +31,12 @@ def load_pair(
 
 
 @triton.jit
+def row_of_text(n, num_shared):
+    """The row of keys that sample ``n`` reads: row 0 for the first ``num_shared`` samples."""
+    return tl.maximum(n - num_shared + 1, 0)
+
+
+@triton.jit
 def product(x_a, x_b, y_a, y_b, TAIL: tl.constexpr):
     """``x @ y^T``, summed over head and tail."""
     s = multiply(x_a, tl.trans(y_a), tl.zeros([x_a.shape[0], y_a.shape[0]], tl.float32))
@@ -69,9 +75,9 @@ def forward_step(
     return acc_a, acc_b, new_top, total * shrink + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_shared"])
 def cross_forward_kernel(
-    q, k, v, out, q_stride_n, q_stride_s, stride_n, stride_l, S, L, scale,
+    q, k, v, out, q_stride_n, q_stride_s, stride_n, stride_l, num_shared, S, L, scale,
     Q_STRIDE_H: tl.constexpr, H_STRIDE: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, TAIL_OUT: tl.constexpr, ROWS: tl.constexpr, EVEN_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
@@ -80,6 +86,7 @@ def cross_forward_kernel(
     row = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     n = tl.program_id(2)
+    m = row_of_text(n, num_shared)
     q_a, q_b = load_pair(
         q, n, row, head, q_stride_n, q_stride_s, S, Q_STRIDE_H, ROWS, HEAD, TAIL, D, EVEN_ROWS, DOT_F32
     )
@@ -91,12 +98,12 @@ def cross_forward_kernel(
     for block in range(BLOCKS):
         first = block * (FIRST + REST)
         acc_a, acc_b, top, total = forward_step(
-            q_a, q_b, acc_a, acc_b, top, total, k, v, n, first, head, stride_n, stride_l, L, to_log2,
+            q_a, q_b, acc_a, acc_b, top, total, k, v, m, first, head, stride_n, stride_l, L, to_log2,
             H_STRIDE, FIRST, HEAD, TAIL, TAIL_OUT, D, FIRST_FULL, DOT_F32,
         )  # fmt: skip
         if REST > 0:
             acc_a, acc_b, top, total = forward_step(
-                q_a, q_b, acc_a, acc_b, top, total, k, v, n, first + FIRST, head, stride_n, stride_l, L, to_log2,
+                q_a, q_b, acc_a, acc_b, top, total, k, v, m, first + FIRST, head, stride_n, stride_l, L, to_log2,
                 H_STRIDE, REST, HEAD, TAIL, TAIL_OUT, D, REST_FULL, DOT_F32,
             )  # fmt: skip
     inverse = 1.0 / total
@@ -144,9 +151,9 @@ def dq_step(
     return acc_a, acc_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_shared"])
 def cross_dq_kernel(
-    q, k, v, dout, dq, lse_out, delta_out, q_stride_n, q_stride_s, stride_n, stride_l, S, L, scale,
+    q, k, v, dout, dq, lse_out, delta_out, q_stride_n, q_stride_s, stride_n, stride_l, num_shared, S, L, scale,
     Q_STRIDE_H: tl.constexpr, H_STRIDE: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, TAIL_OUT: tl.constexpr, ROWS: tl.constexpr, EVEN_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
@@ -159,6 +166,7 @@ def cross_dq_kernel(
     row = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     n = tl.program_id(2)
+    m = row_of_text(n, num_shared)
     q_a, q_b = load_pair(
         q, n, row, head, q_stride_n, q_stride_s, S, Q_STRIDE_H, ROWS, HEAD, TAIL, D, EVEN_ROWS, DOT_F32
     )
@@ -170,13 +178,13 @@ def cross_dq_kernel(
     for block in range(BLOCKS):
         first = block * (FIRST + REST)
         s, dp = scores_and_slopes(
-            q_a, q_b, do_a, do_b, k, v, n, first, head, stride_n, stride_l, L, to_log2,
+            q_a, q_b, do_a, do_b, k, v, m, first, head, stride_n, stride_l, L, to_log2,
             H_STRIDE, FIRST, HEAD, TAIL, D, FIRST_FULL, DOT_F32,
         )  # fmt: skip
         top, total, slope = statistics_step(s, dp, top, total, slope)
         if REST > 0:
             s, dp = scores_and_slopes(
-                q_a, q_b, do_a, do_b, k, v, n, first + FIRST, head, stride_n, stride_l, L, to_log2,
+                q_a, q_b, do_a, do_b, k, v, m, first + FIRST, head, stride_n, stride_l, L, to_log2,
                 H_STRIDE, REST, HEAD, TAIL, D, REST_FULL, DOT_F32,
             )  # fmt: skip
             top, total, slope = statistics_step(s, dp, top, total, slope)
@@ -187,20 +195,20 @@ def cross_dq_kernel(
     for block in range(BLOCKS):
         first = block * (FIRST + REST)
         s, dp = scores_and_slopes(
-            q_a, q_b, do_a, do_b, k, v, n, first, head, stride_n, stride_l, L, to_log2,
+            q_a, q_b, do_a, do_b, k, v, m, first, head, stride_n, stride_l, L, to_log2,
             H_STRIDE, FIRST, HEAD, TAIL, D, FIRST_FULL, DOT_F32,
         )  # fmt: skip
         acc_a, acc_b = dq_step(
-            s, dp, lse, delta, acc_a, acc_b, k, n, first, head, stride_n, stride_l, L,
+            s, dp, lse, delta, acc_a, acc_b, k, m, first, head, stride_n, stride_l, L,
             H_STRIDE, FIRST, HEAD, TAIL, TAIL_OUT, D, FIRST_FULL, DOT_F32,
         )  # fmt: skip
         if REST > 0:
             s, dp = scores_and_slopes(
-                q_a, q_b, do_a, do_b, k, v, n, first + FIRST, head, stride_n, stride_l, L, to_log2,
+                q_a, q_b, do_a, do_b, k, v, m, first + FIRST, head, stride_n, stride_l, L, to_log2,
                 H_STRIDE, REST, HEAD, TAIL, D, REST_FULL, DOT_F32,
             )  # fmt: skip
             acc_a, acc_b = dq_step(
-                s, dp, lse, delta, acc_a, acc_b, k, n, first + FIRST, head, stride_n, stride_l, L,
+                s, dp, lse, delta, acc_a, acc_b, k, m, first + FIRST, head, stride_n, stride_l, L,
                 H_STRIDE, REST, HEAD, TAIL, TAIL_OUT, D, REST_FULL, DOT_F32,
             )  # fmt: skip
     store_tile(dq, acc_a * scale, n, row, head, S, H, ROWS, 0, HEAD, D, EVEN_ROWS)
@@ -241,9 +249,10 @@ def store_sums(
         store_tile(dv, dv_b, n, row, head, L, H, KEYS, HEAD, TAIL_OUT, D, FULL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_shared"])
 def cross_dkdv_kernel(
-    q, k, v, dout, lse_in, delta_in, dk, dv, q_stride_n, q_stride_s, stride_n, stride_l, N, S, L, scale, split_rows,
+    q, k, v, dout, lse_in, delta_in, dk, dv, q_stride_n, q_stride_s, stride_n, stride_l, num_shared, N, S, L, scale,
+    split_rows,
     Q_STRIDE_H: tl.constexpr, H_STRIDE: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, TAIL_OUT: tl.constexpr, ROWS: tl.constexpr, EVEN_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
@@ -257,16 +266,17 @@ def cross_dkdv_kernel(
     first = tl.program_id(0) % BLOCKS * (FIRST + REST)
     head = tl.program_id(1)
     n = tl.program_id(2)
-    k_a, k_b = load_pair(k, n, first, head, stride_n, stride_l, L, H_STRIDE, FIRST, HEAD, TAIL, D, FIRST_FULL, DOT_F32)
-    v_a, v_b = load_pair(v, n, first, head, stride_n, stride_l, L, H_STRIDE, FIRST, HEAD, TAIL, D, FIRST_FULL, DOT_F32)
+    m = row_of_text(n, num_shared)
+    k_a, k_b = load_pair(k, m, first, head, stride_n, stride_l, L, H_STRIDE, FIRST, HEAD, TAIL, D, FIRST_FULL, DOT_F32)
+    v_a, v_b = load_pair(v, m, first, head, stride_n, stride_l, L, H_STRIDE, FIRST, HEAD, TAIL, D, FIRST_FULL, DOT_F32)
     dk_a = tl.zeros([FIRST, HEAD], tl.float32)
     dv_a = tl.zeros([FIRST, HEAD], tl.float32)
     dk_b = tl.zeros([FIRST, TAIL_OUT], tl.float32)
     dv_b = tl.zeros([FIRST, TAIL_OUT], tl.float32)
     rest = first + FIRST
     if REST > 0:
-        k_c, k_d = load_pair(k, n, rest, head, stride_n, stride_l, L, H_STRIDE, REST, HEAD, TAIL, D, REST_FULL, DOT_F32)
-        v_c, v_d = load_pair(v, n, rest, head, stride_n, stride_l, L, H_STRIDE, REST, HEAD, TAIL, D, REST_FULL, DOT_F32)
+        k_c, k_d = load_pair(k, m, rest, head, stride_n, stride_l, L, H_STRIDE, REST, HEAD, TAIL, D, REST_FULL, DOT_F32)
+        v_c, v_d = load_pair(v, m, rest, head, stride_n, stride_l, L, H_STRIDE, REST, HEAD, TAIL, D, REST_FULL, DOT_F32)
         dk_c = tl.zeros([REST, HEAD], tl.float32)
         dv_c = tl.zeros([REST, HEAD], tl.float32)
         dk_d = tl.zeros([REST, TAIL_OUT], tl.float32)
@@ -308,18 +318,21 @@ def cross_dkdv_kernel(
         )
 
 
-@triton.jit
-def cross_sum_kernel(dk_parts, dv_parts, dk, dv, size, terms, stride, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """Rows ``r, r + stride, ...`` of the partial sums (of ``size`` numbers) into row r; ``ADD``: to what is there."""
+@triton.jit(do_not_specialize=["num_shared"])
+def cross_sum_kernel(
+    dk_parts, dv_parts, dk, dv, size, splits, N, num_shared, BLOCK: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
+    """Partial sums (splits * N, ``size``) of the samples that read row r, into that row; ``ADD``: to what is there."""
     r = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < size
     k_sum = tl.zeros([BLOCK], tl.float32)
     v_sum = tl.zeros([BLOCK], tl.float32)
-    for term in range(terms):
-        at = (r + term * stride).to(tl.int64) * size + cols
-        k_sum += tl.load(dk_parts + at, mask=mask, other=0.0)
-        v_sum += tl.load(dv_parts + at, mask=mask, other=0.0)
+    for n in range(tl.where(r == 0, 0, r + num_shared - 1), r + num_shared):
+        for split in range(splits):
+            at = (split * N + n).to(tl.int64) * size + cols
+            k_sum += tl.load(dk_parts + at, mask=mask, other=0.0)
+            v_sum += tl.load(dv_parts + at, mask=mask, other=0.0)
     to = r.to(tl.int64) * size + cols
     if ADD:
         k_sum += tl.load(dk + to, mask=mask, other=0.0)

@@ -20,10 +20,10 @@ SUM_BLOCK = 1024
 
 
 def _layout(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """q, k, v as the kernels read them, and the batch stride of k and v: 0 where all samples share theirs."""
-    shared = k.shape[0] < q.shape[0] or k.stride(0) == 0 == v.stride(0)
-    k, v = alike(k[0][None], v[0][None]) if shared else alike(k, v)
-    return q if is_aligned(q) else q.contiguous(), k, v, 0 if shared else k.stride(0)
+    """q, k, v as the kernels read them, and the batch stride of k and v: 0 where they were expanded from one row."""
+    expanded = k.stride(0) == 0 == v.stride(0)
+    k, v = alike(k[0][None], v[0][None]) if expanded else alike(k, v)
+    return q if is_aligned(q) else q.contiguous(), k, v, 0 if expanded else k.stride(0)
 
 
 def _constants(q: Tensor, k: Tensor, tile: Tile, blocks: KeyBlocks) -> dict[str, Any]:
@@ -47,37 +47,39 @@ def _plan(kernel: str, q: Tensor, k: Tensor, tile: Tile | None) -> tuple[Tile, K
     return tile, blocks, _constants(q, k, tile, blocks)
 
 
-def cross_attention_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, tile: Tile | None = None) -> Tensor:
-    """Output, contiguous (N, S, H, D); k and v are (N, L, H, D), or (1, L, H, D) for all samples. One launch."""
+def cross_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, num_shared: int = 1, tile: Tile | None = None
+) -> Tensor:
+    """Output, contiguous (N, S, H, D); k and v are (N - num_shared + 1, L, H, D). One launch."""
     q, k, v, stride_n = _layout(q, k, v)
     n, seq, heads, _ = q.shape
     tile, _, constants = _plan("forward", q, k, tile)
     out = q.new_empty(q.shape)
     with device_guard(q):
         cross_forward_kernel[(ceil_div(seq, tile.rows), heads, n)](
-            q, k, v, out, q.stride(0), q.stride(1), stride_n, k.stride(1), seq, k.shape[1], scale, **constants
-        )
+            q, k, v, out, q.stride(0), q.stride(1), stride_n, k.stride(1), num_shared, seq, k.shape[1], scale,
+            **constants,
+        )  # fmt: skip
     return out
 
 
 def cross_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, need_kv: bool = True,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, num_shared: int = 1, need_kv: bool = True,
     k_sum: Tensor | None = None, v_sum: Tensor | None = None,
     dq_tile: Tile | None = None, dkdv_tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """dQ, dK, dV, contiguous, in the shapes of q, k, v; shared keys and values get the sum over the samples.
+    """dQ, dK, dV, contiguous, in the shapes of q, k, v; shared keys and values get the sum over their samples.
 
     Three launches, one without ``need_kv``. With ``k_sum`` and ``v_sum`` (float32, contiguous, in k's and v's shape) dK
     and dV are added to these and ``None`` is returned for both. ``dout`` has any strides.
     """
-    shared = k.shape[0] < q.shape[0]
     shape = k.shape
     q, k, v, stride_n = _layout(q, k, v)
     dout = dout.contiguous()
     n, seq, heads, _ = q.shape
     dq, lse = q.new_empty(q.shape), q.new_empty((n, heads, seq), dtype=torch.float32)
     delta = torch.empty_like(lse)
-    strides = (q.stride(0), q.stride(1), stride_n, k.stride(1))
+    strides = (q.stride(0), q.stride(1), stride_n, k.stride(1), num_shared)
     with device_guard(q):
         tile, _, constants = _plan("dq", q, k, dq_tile)
         cross_dq_kernel[(ceil_div(seq, tile.rows), heads, n)](
@@ -95,8 +97,8 @@ def cross_attention_backward(
         )
         add = k_sum is not None
         dk, dv = (k_sum, v_sum) if add else (k.new_empty(shape), v.new_empty(shape))
-        numbers, rows = dk_parts[0].numel(), 1 if shared else n
-        cross_sum_kernel[(ceil_div(numbers, SUM_BLOCK), rows)](
-            dk_parts, dv_parts, dk, dv, numbers, splits * n // rows, rows, BLOCK=SUM_BLOCK, ADD=add, num_warps=4
+        numbers = dk_parts[0].numel()
+        cross_sum_kernel[(ceil_div(numbers, SUM_BLOCK), shape[0])](
+            dk_parts, dv_parts, dk, dv, numbers, splits, n, num_shared, BLOCK=SUM_BLOCK, ADD=add, num_warps=4
         )
     return (dq, None, None) if add else (dq, dk, dv)

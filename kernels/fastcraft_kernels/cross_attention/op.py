@@ -18,17 +18,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, sums: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, num_shared: int = 1,
+    sums: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """``softmax(q k^T * scale) v`` for every head: many queries, the keys and values of a text.
 
     Args:
         q: (N, S, H, D) float16, bfloat16 or float32 (float64 in plain PyTorch only); D is 40, 64, 80 or 160.
-        k: (N, L, H, D) with L from 1 to 512, dtype of ``q``; or (1, L, H, D), shared by all samples: read with a zero
-            batch stride, its gradient summed over the samples without a copy for each. A tensor expanded from one row
-            is read in place too, but gets a gradient per row.
+        k: (N - num_shared + 1, L, H, D) with L from 1 to 512, dtype of ``q``; or (1, L, H, D), shared by all samples. A
+            tensor expanded from one row is read in place too, but gets a gradient per row.
         v: as ``k``.
         scale: positive; ``D ** -0.5`` by default.
+        num_shared: so many of the first samples read row 0 of ``k`` and ``v``, the others a row each. With guidance it
+            is the unconditional half of a batch. Nothing is copied for them, and the gradient of that row is summed
+            over them in float32.
         sums: what `gather_kv_gradients` returned beside ``k`` and ``v``: the backward pass adds dK and dV to these in
             float32, and ``k`` and ``v`` get no gradient from this call. Not under ``torch.compile``, which keeps them
             as saved tensors and refuses that they change between the steps' backward passes.
@@ -43,19 +46,19 @@ def cross_attention(
     Saves for backward: q, k, v; no output, no statistics. dQ, dK and dV are bit-equal from run to run.
     Source: Dao et al. 2022, arXiv:2205.14135, appendix B; keys in one block and split queries are ours.
     """
-    _check(q, k, v, scale)
+    _check(q, k, v, scale, num_shared)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if sums is None:
-        result: Tensor = _cross_attention(q, k, v, scale)
-        return result
-    if torch.compiler.is_compiling():
-        raise ValueError("cross_attention: sums must be None under torch.compile, whose graphs refuse their change")
-    _check_sums(k, v, sums)
-    result = _cross_attention_into(q, k, v, *sums, scale)
+    if k.shape[0] == 1:
+        num_shared = q.shape[0]
+    if sums is not None:
+        if torch.compiler.is_compiling():
+            raise ValueError("cross_attention: sums must be None under torch.compile, whose graphs refuse their change")
+        _check_sums(k, v, sums)
+    result: Tensor = _cross_attention(q, k, v, scale, num_shared, *(sums or (None, None)))
     return result
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_shared: int) -> None:
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"cross_attention: q must be (N, S, H, D) and not empty, got shape {tuple(q.shape)}")
     n, _, heads, width = q.shape
@@ -64,8 +67,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         raise ValueError(f"cross_attention: head width of q must be one of {widths}, got {width}")
     if q.dtype not in DTYPES:
         raise ValueError(f"cross_attention: q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    if k.dim() != 4 or k.shape[0] not in (1, n) or k.shape[2:] != (heads, width):
-        wanted = f"({n} or 1, L, {heads}, {width})"
+    if not 1 <= num_shared <= n:
+        raise ValueError(f"cross_attention: num_shared must be 1 to {n}, the samples of q, got {num_shared}")
+    if k.dim() != 4 or k.shape[0] not in (1, n - num_shared + 1) or k.shape[2:] != (heads, width):
+        wanted = f"({n - num_shared + 1} or 1, L, {heads}, {width})"
         raise ValueError(f"cross_attention: k must be {wanted} to fit q, got shape {tuple(k.shape)}")
     if not 1 <= k.shape[1] <= MAX_KEYS:
         raise ValueError(f"cross_attention: k must hold 1 to {MAX_KEYS} keys, got {k.shape[1]}")
@@ -90,36 +95,29 @@ def _check_sums(k: Tensor, v: Tensor, sums: tuple[Tensor, Tensor]) -> None:
             )
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+@torch.library.custom_op("fastcraft::cross_attention", mutates_args=())
+def _cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, num_shared: int, k_sum: Tensor | None, v_sum: Tensor | None
+) -> Tensor:
+    """The sums are for the gradient formula."""
     if uses_triton("cross_attention", q):
         from fastcraft_kernels.cross_attention.launcher import cross_attention_forward
 
-        return cross_attention_forward(q, k, v, scale=scale)
-    return cross_attention_forward_reference(q, k, v, scale=scale)
-
-
-@torch.library.custom_op("fastcraft::cross_attention", mutates_args=())
-def _cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _forward(q, k, v, scale)
-
-
-@torch.library.custom_op("fastcraft::cross_attention_into", mutates_args=())
-def _cross_attention_into(q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor, v_sum: Tensor, scale: float) -> Tensor:
-    """`_cross_attention`; the sums are for the gradient formula."""
-    return _forward(q, k, v, scale)
+        return cross_attention_forward(q, k, v, scale=scale, num_shared=num_shared)
+    return cross_attention_forward_reference(q, k, v, scale=scale, num_shared=num_shared)
 
 
 @torch.library.custom_op("fastcraft::cross_attention_backward", mutates_args=())
 def _cross_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, need_kv: bool
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, num_shared: int, need_kv: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV; the last two empty (of one dimension) without ``need_kv``."""
     if uses_triton("cross_attention", q):
         from fastcraft_kernels.cross_attention.launcher import cross_attention_backward
 
-        dq, dk, dv = cross_attention_backward(dout, q, k, v, scale=scale, need_kv=need_kv)
+        dq, dk, dv = cross_attention_backward(dout, q, k, v, scale=scale, num_shared=num_shared, need_kv=need_kv)
     else:
-        dq, dk, dv = cross_attention_backward_reference(dout, q, k, v, scale=scale)
+        dq, dk, dv = cross_attention_backward_reference(dout, q, k, v, scale=scale, num_shared=num_shared)
         dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if dk is None or dv is None or not need_kv:
         return dq, k.new_empty(0), v.new_empty(0)
@@ -128,55 +126,60 @@ def _cross_attention_backward(
 
 @torch.library.custom_op("fastcraft::cross_attention_backward_into", mutates_args=("k_sum", "v_sum"))
 def _cross_attention_backward_into(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor, v_sum: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor, v_sum: Tensor, scale: float, num_shared: int
 ) -> Tensor:
     """dQ; dK and dV are added to the sums."""
     if uses_triton("cross_attention", q):
         from fastcraft_kernels.cross_attention.launcher import cross_attention_backward
 
-        return cross_attention_backward(dout, q, k, v, scale=scale, k_sum=k_sum, v_sum=v_sum)[0]
-    dq, dk, dv = cross_attention_backward_reference(dout, q, k, v, scale=scale)
+        return cross_attention_backward(
+            dout, q, k, v, scale=scale, num_shared=num_shared, k_sum=k_sum, v_sum=v_sum
+        )[0]  # fmt: skip
+    dq, dk, dv = cross_attention_backward_reference(dout, q, k, v, scale=scale, num_shared=num_shared)
     k_sum += dk
     v_sum += dv
     return dq
 
 
 @_cross_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@_cross_attention_into.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor, v_sum: Tensor, scale: float) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, num_shared: int, k_sum: Tensor | None, v_sum: Tensor | None
+) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @_cross_attention_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, need_kv: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, num_shared: int, need_kv: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = k.shape if need_kv else (0,)
     return q.new_empty(q.shape), k.new_empty(shape), v.new_empty(shape)
 
 
 @_cross_attention_backward_into.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor, v_sum: Tensor, scale: float) -> Tensor:
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, k_sum: Tensor, v_sum: Tensor, scale: float, num_shared: int
+) -> Tensor:
     return q.new_empty(q.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, *ctx.sums, ctx.scale = inputs  # the sums change between backward passes, which saved tensors must not
+    # the sums change between backward passes, which saved tensors must not
+    q, k, v, ctx.scale, ctx.num_shared, *ctx.sums = inputs
     ctx.save_for_backward(q, k, v)
 
 
 def _gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 4
     need_kv = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dq, dk, dv = _cross_attention_backward(dout, *ctx.saved_tensors, ctx.scale, need_kv)
-    return (dq, dk, dv, None) if need_kv else (dq, None, None, None)
-
-
-def _gradient_into(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    dq = _cross_attention_backward_into(dout, *ctx.saved_tensors, *ctx.sums, ctx.scale)
-    return dq, None, None, None, None, None
+    if need_kv and ctx.sums[0] is not None:
+        # of a pass that ends before the text nothing may go into the sums, because nobody would take it out
+        if torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            dq = _cross_attention_backward_into(dout, *ctx.saved_tensors, *ctx.sums, ctx.scale, ctx.num_shared)
+            return dq, None, None, *rest
+        need_kv = False
+    dq, dk, dv = _cross_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.num_shared, need_kv)
+    return (dq, dk, dv, *rest) if need_kv else (dq, None, None, *rest)
 
 
 _cross_attention.register_autograd(_gradient, setup_context=_setup)
-_cross_attention_into.register_autograd(_gradient_into, setup_context=_setup)

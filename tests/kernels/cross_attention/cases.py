@@ -1,5 +1,7 @@
 """Cross-attention's Triton source against float64; run by ``tests/kernels/test_cases.py``."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -39,6 +41,28 @@ def test_output_and_gradients(device, dtype, seq, keys, head_dim, kv):
         assert_op_as_accurate(cross_attention, eager, tensors, [dout])
 
 
+def with_own_rows(attend, num_shared, q, k, v):
+    """``attend`` where every sample has a row of keys of its own."""
+    return attend(q, *(torch.cat([x[:1].expand(num_shared - 1, -1, -1, -1), x]) for x in (k, v)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seq", "keys", "head_dim", "n", "num_shared", "heads"),
+    [
+        (torch.bfloat16, 140, 77, 40, 4, 2, 1), (torch.float16, 30, 77, 80, 5, 3, 2),
+        (torch.float16, 40, 130, 64, 4, 2, 1), (torch.float32, 33, 40, 160, 3, 3, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_first_samples_share_one_text(device, dtype, seq, keys, head_dim, n, num_shared, heads):
+    tensors = inputs(device, dtype, seq, keys, head_dim, n=n, kv=n - num_shared + 1, heads=heads)
+    dout = torch.randn(n, seq, heads, head_dim, device=device)
+    with assume_device(A100):
+        assert_op_as_accurate(
+            partial(cross_attention, num_shared=num_shared), partial(with_own_rows, eager, num_shared), tensors, [dout]
+        )
+
+
 def test_one_key_gives_its_value(device):
     q, k, v = inputs(device, torch.float16, 20, 1, 40)
     out, dq, dk, dv = run(cross_attention, [q, k, v], [torch.ones(2, 20, 1, 40, device=device)])
@@ -69,17 +93,18 @@ def test_large_scores_and_an_expanded_gradient(device):
     assert_op_as_accurate(lambda *x: cross_attention(*x, scale=0.3), lambda *x: eager(*x, scale=0.3), scores, [dout])
 
 
-@pytest.mark.parametrize("kv", [2, 1])
-def test_gradients_of_all_steps_meet_in_float32(device, kv):
+@pytest.mark.parametrize(("n", "kv"), [(2, 2), (2, 1), (4, 3)])
+def test_gradients_of_all_steps_meet_in_float32(device, n, kv):
     _, k, v = inputs(device, torch.float16, 1, 77, 40, kv=kv)
-    queries = [torch.randn(2, 40 + 30 * i, 1, 40, device=device).half().requires_grad_() for i in range(3)]
+    queries = [torch.randn(n, 40 + 30 * i, 1, 40, device=device).half().requires_grad_() for i in range(3)]
+    num_shared = n - kv + 1
     douts = [torch.randn(q.shape, device=device) for q in queries]
 
     def steps(k, v, *queries, attend=cross_attention):
         if attend is eager:
-            return tuple(eager(q, k, v) for q in queries)
+            return tuple(with_own_rows(eager, num_shared, q, k, v) for q in queries)
         k, v, sums = gather_kv_gradients(k, v)
-        return tuple(attend(q, k, v, sums=sums) for q in queries)
+        return tuple(attend(q, k, v, num_shared=num_shared, sums=sums) for q in queries)
 
     assert_op_as_accurate(steps, lambda *x: steps(*x, attend=eager), [k, v, *queries], douts)
 

@@ -1,5 +1,7 @@
 """Cross-attention on CPU: the op, its gradient, the sums in which gradients of all steps meet."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ def qkv(seq=6, keys=5, width=40, n=2, kv=2, heads=2, dtype=torch.float64):
 
 
 def plain(q, k, v):
-    k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
+    k, v = (torch.cat([x[:1].expand(len(q) - len(x), -1, -1, -1), x]) for x in (k, v))
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
@@ -29,18 +31,25 @@ def test_the_reference_agrees_with_pytorch(width, kv):
     assert_op_as_accurate(cross_attention, plain, inputs, [torch.randn(2, 9, 2, width)])
 
 
+@pytest.mark.parametrize(("n", "num_shared"), [(4, 2), (5, 4), (3, 3), (2, 1)])
+def test_the_first_samples_share_one_text(n, num_shared):
+    inputs = qkv(seq=9, n=n, kv=n - num_shared + 1, dtype=torch.bfloat16)
+    op = partial(cross_attention, num_shared=num_shared)
+    assert_op_as_accurate(op, plain, inputs, [torch.randn(n, 9, 2, 40)])
+
+
 def test_gradcheck_and_opcheck():
-    inputs = qkv(kv=1)
-    assert torch.autograd.gradcheck(cross_attention, inputs, fast_mode=True)
-    torch.library.opcheck(torch.ops.fastcraft.cross_attention.default, (*inputs, 0.2))
+    inputs = qkv(n=3, kv=2)
+    assert torch.autograd.gradcheck(partial(cross_attention, num_shared=2), inputs, fast_mode=True)
+    torch.library.opcheck(torch.ops.fastcraft.cross_attention.default, (*inputs, 0.2, 2, None, None))
 
 
 def test_the_variant_with_sums_passes_opcheck():
-    q, k, v = qkv()
+    q, k, v = qkv(n=3)
     sums = (torch.zeros_like(k).detach(), torch.zeros_like(v).detach())
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.fastcraft.cross_attention_into.default, (q, k, v, *sums, 0.2), test_utils=tests)
-    arguments = (torch.ones_like(q), q, k, v, *sums, 0.2)
+    torch.library.opcheck(torch.ops.fastcraft.cross_attention.default, (q, k, v, 0.2, 2, *sums), test_utils=tests)
+    arguments = (torch.ones_like(q), q, k, v, *sums, 0.2, 2)
     arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
     torch.library.opcheck(torch.ops.fastcraft.cross_attention_backward_into.default, arguments, test_utils=tests)
 
@@ -72,6 +81,15 @@ def test_gradients_of_all_steps_meet(kv, attend):
         torch.testing.assert_close(torch.autograd.grad(loss, [k, v, *queries], retain_graph=True), want)
 
 
+def test_a_pass_that_ends_before_the_text_leaves_nothing_in_the_sums():
+    k, v, queries = three_steps(torch.float64)
+    want = torch.autograd.grad(steps(k, v, queries, gathered=False), [k, v])
+    want_q = torch.autograd.grad(steps(k, v, queries, gathered=False), queries)
+    loss = steps(k, v, queries, gathered=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, queries, retain_graph=True), want_q)
+    torch.testing.assert_close(torch.autograd.grad(loss, [k, v]), want)
+
+
 def test_meeting_in_float32_is_more_accurate():
     text = torch.randn(1, 5, 2, 40, dtype=torch.bfloat16)
     k, v = (text.clone().requires_grad_() for _ in range(2))
@@ -99,9 +117,10 @@ def test_other_uses_of_gathered_keys_count_too():
 
 
 def test_compiled_agrees_with_eager():
-    inputs = qkv(kv=1, dtype=torch.float32)
-    compiled = torch.compile(lambda q, k, v: cross_attention(q, k, v) * 1.0, backend="aot_eager", fullgraph=True)
-    want, got = (torch.autograd.grad(op(*inputs).square().sum(), inputs) for op in (cross_attention, compiled))
+    inputs = qkv(n=4, kv=3, dtype=torch.float32)
+    op = partial(cross_attention, num_shared=2)
+    compiled = torch.compile(lambda q, k, v: op(q, k, v) * 1.0, backend="aot_eager", fullgraph=True)
+    want, got = (torch.autograd.grad(op(*inputs).square().sum(), inputs) for op in (op, compiled))
     torch.testing.assert_close(got, want)
 
 
@@ -129,7 +148,7 @@ def test_frozen_keys_cost_no_gradient():
     q, k, v = qkv()
     cross_attention(q, k.detach(), v.detach()).sum().backward()
     assert q.grad is not None
-    backward = torch.ops.fastcraft.cross_attention_backward(torch.ones_like(q), q, k, v, 0.2, False)
+    backward = torch.ops.fastcraft.cross_attention_backward(torch.ones_like(q), q, k, v, 0.2, 1, False)
     assert [x.numel() for x in backward] == [q.numel(), 0, 0]
 
 
@@ -145,6 +164,9 @@ def test_frozen_keys_cost_no_gradient():
         ({"v": torch.zeros(1, 5, 2, 40)}, r"v must have k's shape \(2, 5, 2, 40\), got \(1, 5, 2, 40\)"),
         ({"v": torch.zeros(2, 5, 2, 40).half()}, "v must be torch.float32 on cpu like q, got torch.float16 on cpu"),
         ({"k": torch.zeros(2, 5, 2, 40, device="meta")}, "k must be torch.float32 on cpu like q, got .* on meta"),
+        ({"num_shared": 2}, r"k must be \(1 or 1, L, 2, 40\) to fit q, got shape \(2, 5, 2, 40\)"),
+        ({"num_shared": 3}, "num_shared must be 1 to 2, the samples of q, got 3"),
+        ({"num_shared": 0}, "num_shared must be 1 to 2, the samples of q, got 0"),
         ({"scale": -1.0}, "scale must be positive and finite, got -1.0"),
         (
             {"sums": (torch.zeros(2, 5, 2, 40).half(),) * 2},
