@@ -36,6 +36,7 @@ from fastcraft.rewards.mix import WeightedRewards
 from fastcraft.text.encoder import TextEncoder, split_encoders
 from fastcraft.text.prompt_encoder import PromptEncoder
 from fastcraft.text.tokenize import tokenize
+from fastcraft_kernels.backend import set_backend
 
 MAX_COUNTED = 100_000
 _ENTRY_HEADER = 512  # bytes that a file of the prefix store has besides its latents, at most
@@ -269,7 +270,7 @@ def prompt_file(path: str) -> Path:
 
 
 def _use_kernels(settings: KernelsConfig, components: Components, device: torch.device) -> None:
-    """Patch UNet and VAE for the rest of the process; ``kernels.backend`` says when."""
+    """Patch UNet and VAE for the rest of the process, where ``kernels.backend`` says so."""
     if settings.attention_table:
         from fastcraft_kernels.attention import load_attention_table
 
@@ -281,6 +282,8 @@ def _use_kernels(settings: KernelsConfig, components: Components, device: torch.
         from fastcraft.diffusion.patch import Patch  # the ops take a second to load; a run without them need not wait
 
         Patch(components.unet, components.vae, backend=settings.backend).apply()
+    else:
+        set_backend(settings.backend)
 
 
 def _count_truncated(tokenizer: Any, prompts: Sequence[str]) -> str:
