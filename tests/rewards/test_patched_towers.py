@@ -48,6 +48,9 @@ def test_scores_and_gradients_agree(name, rewards):
     forwards = {path: module.__dict__.get("forward") for path, module in reward.named_modules()}
     with Patch(reward.tower.image_network, backend="reference") as patch:
         assert {swap.ops for swap in patch.swaps[0] if swap.ops} == OPS[name]
+        embedding = reward.tower.image_network.embeddings.patch_embedding
+        assert embedding.weight.is_contiguous()  # patches are not laid out channels-last
+        assert "forward" not in embedding.__dict__
         patched = run(reward)
     assert gradient.abs().max() > 1e-4
     torch.testing.assert_close(patched[:2], (scores, gradient), rtol=1e-9, atol=1e-10)
@@ -145,3 +148,25 @@ def test_info_shows_folders_and_files(bundled, standins, capsys, monkeypatch):
         rows = dict(line.split(maxsplit=2)[::2] for line in capsys.readouterr().out.splitlines() if line[:2] == "  ")
         assert rows["reward.encoder.layers.0"] == "layer_norm"
         assert rows["reward.encoder.layers.0.self_attn"].startswith(what)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", OPS)
+def test_on_a_gpu(name, bundled, standins):
+    """The kernels in float32 against transformers' own modules."""
+    reward = (
+        REWARDS.get(name)
+        .build(standins[name][0], towers=Towers(device="cuda", dtype=torch.float32, bundled=bundled))
+        .to("cuda")
+    )
+    images = torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+
+    def scored():
+        scores = reward(images, PROMPTS)
+        return scores.detach(), *torch.autograd.grad(scores.sum(), images)
+
+    plain = scored()
+    with Patch(reward.tower.image_network, backend="triton"):
+        for ours, theirs in zip(scored(), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3 * theirs.abs().max().item())
