@@ -1,9 +1,10 @@
-"""Bytes that autograd keeps for one UNet sample and step, plain and patched: ``python -m benchmarks.saved_bytes``.
+"""Bytes that autograd keeps for one sample, plain and patched: ``python -m benchmarks.saved_bytes``.
 
-Counted on the meta device at full size, in bfloat16: nothing is computed, no weights are needed. One sample is one row
-of the UNet's batch; a guided picture has two. Every storage counts once, for the first op that keeps it. What exists
-without the step does not count: parameters and what the UNet is called with (latents, text, and the text keys and
-values, which all steps share). Attention is counted as a flash kernel keeps it: q, k, v, output and one number a row.
+Of a UNet for one step, and of a reward's image tower for one picture. Counted on the meta device at full size, in
+bfloat16: nothing is computed, no weights are needed. One sample is one row of the UNet's batch; a guided picture has
+two. Every storage counts once, for the first op that keeps it. What exists without the step does not count: parameters
+and what the network is called with (latents, text, and the text keys and values, which all steps share; pictures).
+PyTorch's fused attention is counted as a flash kernel keeps it: q, k, v, output and one number a row.
 """
 
 import argparse
@@ -46,8 +47,53 @@ MODELS: dict[str, dict[str, Any]] = {  # the published configurations, at the re
 }  # fmt: skip
 
 
-def count(model: str) -> dict[str, dict[str, dict[str, float]]]:
+TOWERS: dict[str, dict[str, Any]] = {  # the image towers of the released rewards, at 224 pixels
+    "clip-vit-l/14": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "patch_size": 14, "hidden_act": "quick_gelu",
+    },
+    "clip-vit-h/14": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "patch_size": 14, "hidden_act": "gelu",
+    },
+    "blip-vit-l/16": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "patch_size": 16, "image_size": 224,
+    },
+}  # fmt: skip
+Rows = dict[str, dict[str, dict[str, float]]]
+
+
+def count(model: str) -> Rows:
     """``{"plain": {op: {"tensors": n, "mb": MB}}, "patched": {...}}``; 1 MB is 10**6 bytes."""
+    return count_tower(model) if model in TOWERS else count_unet(model)
+
+
+def count_tower(tower: str) -> Rows:
+    """Of a reward's image tower."""
+    from transformers import BlipVisionConfig, BlipVisionModel, CLIPVisionConfig, CLIPVisionModel
+
+    with torch.device("meta"):
+        network: Any = (
+            CLIPVisionModel(CLIPVisionConfig(**TOWERS[tower]))
+            if tower.startswith("clip")
+            else BlipVisionModel(BlipVisionConfig(**TOWERS[tower]))
+        )
+        pictures = torch.empty(1, 3, 224, 224, dtype=torch.bfloat16, requires_grad=True)
+    freeze(network.to(torch.bfloat16))
+    owned = [*network.parameters(), *network.buffers(), pictures]
+
+    def call() -> Tensor:
+        return network(pixel_values=pictures).pooler_output
+
+    rows = {"plain": _kept(call, owned)}
+    with Patch(network):
+        rows["patched"] = _kept(call, owned)
+    return rows
+
+
+def count_unet(model: str) -> Rows:
+    """Of a UNet."""
     from diffusers import UNet2DConditionModel
 
     config = MODELS[model]
@@ -146,7 +192,11 @@ def _saved(node: Any) -> Iterator[Tensor]:
 
 def markdown(results: dict[str, Any]) -> str:
     """Tables by model and op."""
-    lines = ["# Bytes kept by autograd for one UNet sample and step", "", (__doc__ or "").split("\n\n", 1)[1].strip()]
+    lines = [
+        "# Bytes kept by autograd for one sample: a UNet's step, a reward's image tower",
+        "",
+        (__doc__ or "").split("\n\n", 1)[1].strip(),
+    ]
     lines += ["", "`python -m benchmarks.saved_bytes`, torch " + results["torch"] + ".", ""]
     lines += ["| model | plain, MB | patched, MB | ratio |", "|---|---|---|---|"]
     for model, rows in results["models"].items():
@@ -162,7 +212,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     """Count, print, and write ``saved_bytes.json`` and ``README.md``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=[*MODELS, *TOWERS], choices=[*MODELS, *TOWERS])
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     results = {"torch": torch.__version__, "models": {model: count(model) for model in args.models}}

@@ -18,6 +18,7 @@ from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
+from fastcraft.diffusion.use_kernels import use_kernels
 from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
 from fastcraft.forecast.auto import planner_of
@@ -27,7 +28,7 @@ from fastcraft.memory.planner import AutoPlan, Planner
 from fastcraft.memory.policies import plan_maker
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
-from fastcraft.recipe import KernelsConfig, Recipe, RewardConfig
+from fastcraft.recipe import Recipe, RewardConfig
 from fastcraft.records import CheckpointPlan
 from fastcraft.registry import resolve
 from fastcraft.rewards import RewardSpec, build_rewards
@@ -86,7 +87,6 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     model_path = SHAPES / "weights" / "pipeline" if recipe.model.path == "shapes" else recipe.model.path
     components = load_components(model_path, dtype=dtype, device=device, resolution=recipe.model.resolution)
     use_text_kv(components.unet)
-    _use_kernels(recipe.kernels, components, device)
     num_truncated = _count_truncated(components.tokenizer, source.prompts)
     torch.manual_seed(recipe.train.seed)  # the adapters' initialisation, equal on every rank
     trained, original = split_encoders(
@@ -105,6 +105,14 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         spacing=recipe.sampler.timestep_spacing,
     )
     rewards = build_rewards(_specs(recipe.rewards), towers=towers, normalize=recipe.objective.normalize_rewards)
+    held_out = build_rewards(_specs(recipe.held_out), towers=towers, require_grad=False) if recipe.held_out else None
+    judges = [network for mix in (rewards, held_out) if mix is not None for network in mix.image_networks]
+    use_kernels(
+        [components.unet, components.vae, *judges],
+        backend=recipe.kernels.backend,
+        device=device,
+        attention_table=recipe.kernels.attention_table,
+    )
     networks = networks_of(components, trained, rewards, name=recipe.model.path)
     make_plan, auto = policy_of(recipe, networks, device)
     return Parts(
@@ -120,7 +128,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
             device=device,
         ),
         rewards=rewards,
-        held_out=build_rewards(_specs(recipe.held_out), towers=towers, require_grad=False) if recipe.held_out else None,
+        held_out=held_out,
         prompts=source.prompts,
         prompts_summary=source.summary() + num_truncated,
         evaluation_prompts=_evaluation_prompts(recipe, source.prompts),
@@ -266,21 +274,6 @@ def prompt_file(path: str) -> Path:
         known = ", ".join(f"shapes:{other.stem}" for other in sorted(file.parent.glob("*.txt")))
         raise UserError(f"prompts.path: unknown bundled prompts {path!r}; known: {known}")
     return file
-
-
-def _use_kernels(settings: KernelsConfig, components: Components, device: torch.device) -> None:
-    """Patch UNet and VAE for the rest of the process; ``kernels.backend`` says when."""
-    if settings.attention_table:
-        from fastcraft_kernels.attention import load_attention_table
-
-        try:
-            load_attention_table(settings.attention_table)
-        except ValueError as error:
-            raise UserError(f"kernels.attention_table: {error}") from error
-    if settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda"):
-        from fastcraft.diffusion.patch import Patch  # the ops take a second to load; a run without them need not wait
-
-        Patch(components.unet, components.vae, backend=settings.backend).apply()
 
 
 def _count_truncated(tokenizer: Any, prompts: Sequence[str]) -> str:

@@ -133,8 +133,8 @@ class MemoryConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelsConfig:
     backend: Literal["auto", "triton", "reference"] = "auto"
-    """Who computes UNet and VAE. triton: the fused kernels, refused where they cannot run; reference: diffusers' own
-    modules; auto: triton on CUDA, reference elsewhere."""
+    """Who computes UNet, VAE and the rewards' image towers. triton: the fused kernels, refused where they cannot run;
+    reference: diffusers' and transformers' own modules; auto: triton on CUDA, reference elsewhere."""
     attention_table: str = ""
     """Who computes self-attention on CUDA: a file of ``fastcraft info --measure-attention``; empty = as shipped."""
 

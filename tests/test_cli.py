@@ -33,6 +33,12 @@ def test_info_names_every_module_with_its_op_or_the_reason(capsys, tiny_pipeline
     assert any(line.startswith("AutoencoderKL: ") and "2 left as they are" in line for line in out.splitlines())
 
 
+def test_info_shapes_has_the_reward_too(capsys):
+    out = run(capsys, "info", "--model", "shapes")[1]
+    rows = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
+    assert {"unet.conv_in", "vae.decoder.conv_norm_out", "reward.encoder.layers.0"} <= rows
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
 def test_info_says_why_no_kernel_runs_here(capsys, tiny_pipeline):
     assert (
@@ -86,6 +92,16 @@ def test_bad_input_is_one_line_and_status_2(capsys, argv, message):
     assert message in err
     assert err.startswith("fastcraft: error: ") or err.startswith("fastcraft info: error: ")
     assert err.count("\n") == 1
+
+
+def test_what_is_no_model_is_refused(capsys, tmp_path):
+    _, _, err = run(capsys, "info", "--model", str(tmp_path))
+    assert f"--model: {tmp_path} is neither a diffusers folder nor a CLIP folder nor a reward's weights" in err
+    for text, message in (("{", "cannot read"), ('{"model_type": "bert"}', "must hold a CLIPModel, got model type 'b")):
+        (tmp_path / "config.json").write_text(text)
+        status, _, err = run(capsys, "info", "--model", str(tmp_path))
+        assert (status, err.count("\n")) == (2, 1)
+        assert message in err
 
 
 def test_a_broken_config_is_named(capsys, tmp_path):

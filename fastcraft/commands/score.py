@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once (default: 8)")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the towers")
+    parser.add_argument(
+        "--kernels", choices=["auto", "triton", "reference"], default="auto",
+        help="who computes the image towers, as kernels.backend of a recipe (default: auto, fused ops on cuda)",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="every score, and the settings they must be quoted with")
     parser.add_argument("--csv", metavar="FILE", help="one line for each picture")
 
@@ -93,6 +97,7 @@ def _build(specs: "list[RewardSpec]", args: argparse.Namespace) -> "tuple[Weight
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from fastcraft.diffusion.use_kernels import use_kernels
     from fastcraft.rewards import build_rewards
     from fastcraft.rewards.clip_tower import Towers
 
@@ -105,7 +110,9 @@ def _build(specs: "list[RewardSpec]", args: argparse.Namespace) -> "tuple[Weight
     disable_progress_bar()
     bundled = Path(__file__).parents[1] / "shapes" / "weights" / "reward"
     towers = Towers(device=device, dtype=getattr(torch, args.dtype), bundled=bundled)
-    return build_rewards(specs, towers=towers, require_grad=False), device
+    rewards = build_rewards(specs, towers=towers, require_grad=False)
+    use_kernels(rewards.image_networks, backend=args.kernels, device=device)
+    return rewards, device
 
 
 def _score(

@@ -1,9 +1,9 @@
-"""Put the fused ops into a diffusers UNet or VAE, and take them out again.
+"""Put the fused ops into a diffusers UNet or VAE or a reward's image tower, and take them out again.
 
 A module keeps its class, its parameters and its name; only its ``forward`` (or its attention processor) is replaced on
 the instance, so checkpointing, ``torch.compile``, eval and train mode, and state dicts work as before. Convolution
-weights are laid out channels-last meanwhile. What does not meet the guards of its rule (`patch_rules`) is left as it
-is, and `Patch.swaps` says why.
+weights are laid out channels-last meanwhile. What does not meet the guards of its rule (in `patch_rules` or
+`tower_rules`) is left as it is, and `Patch.swaps` says why.
 
 Linear layers stay: PyTorch's own keep nothing of their input while the weight is frozen.
 """
@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcraft.diffusion.patch_rules import RULES, Replacement, refusal
+from fastcraft.diffusion.patch_rules import RULES, Replacement, embeds_patches, refusal
+from fastcraft.diffusion.tower_rules import TOWER_RULES
 from fastcraft.errors import UserError
 from fastcraft.registry import suggestion
 from fastcraft_kernels import flops  # noqa: F401 - a patched model's FLOPs can be counted
 from fastcraft_kernels.backend import BACKENDS, current_backend, set_backend, triton_refusal
+
+ALL_RULES = RULES | TOWER_RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class Patch:
     """Context manager that swaps the fused ops into models and out again.
 
     Args:
-        models: ``UNet2DConditionModel`` or ``AutoencoderKL`` modules, each on one device and in one dtype.
+        models: a ``UNet2DConditionModel``, an ``AutoencoderKL``, the image half of a ``CLIPModel`` or a
+            ``BlipVisionModel``, each on one device and in one dtype; one that is named twice is patched once.
         backend: who computes the ops while the patch is on: ``"reference"`` (plain PyTorch), ``"triton"`` (the kernels,
             or an error), ``"auto"`` (the kernels on CUDA, plain PyTorch elsewhere).
 
@@ -59,8 +63,8 @@ class Patch:
                 if reason := triton_refusal(parameter.device, parameter.dtype):
                     raise UserError(f"kernels.backend: 'triton' cannot serve {type(model).__name__}: {reason}")
         self.backend = backend
-        self.models = models
-        plans = [_plan(model) for model in models]
+        self.models = tuple(dict.fromkeys(models))
+        plans = [_plan(model) for model in self.models]
         self.swaps: list[list[Swap]] = [swaps for swaps, _ in plans]
         self._replacements = [replacement for _, replacements in plans for replacement in replacements]
         self._stack: ExitStack | None = None
@@ -115,7 +119,7 @@ def _plan(model: nn.Module) -> tuple[list[Swap], list[Replacement]]:
     absorbed: set[int] = set()
     for name, module in model.named_modules():  # parents before their children
         kind = type(module).__name__
-        rule = RULES.get((type(module).__module__.partition(".")[0], kind))
+        rule = ALL_RULES.get((type(module).__module__.partition(".")[0], kind))
         if rule is None or id(module) in absorbed:
             continue
         reason = refusal(module, rule)
@@ -130,7 +134,9 @@ def _plan(model: nn.Module) -> tuple[list[Swap], list[Replacement]]:
 def _use_channels_last(model: nn.Module, stack: ExitStack) -> None:
     """Lay out convolution weights channels-last until ``stack`` closes."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and not module.weight.is_contiguous(memory_format=torch.channels_last):
+        if type(module) is not nn.Conv2d or embeds_patches(module):
+            continue
+        if not module.weight.is_contiguous(memory_format=torch.channels_last):
             stack.callback(_lay_out, module.weight, module.weight.stride())
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 

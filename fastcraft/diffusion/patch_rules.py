@@ -1,4 +1,7 @@
-"""Which modules of a diffusers UNet or VAE can be patched: one rule a class, with the guards that make it exact."""
+"""Which modules of a diffusers UNet or VAE can be patched: one rule a class, with the guards that make it exact.
+
+Those of the rewards' image towers are in `tower_rules`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from fastcraft_kernels.attention.tiles import HEAD_SPLITS
 
 Guard = tuple[Callable[[Any], Any], str]
 Replacement = tuple[Any, str, Any]
+KNOWN_WIDTHS = ", ".join(map(str, HEAD_SPLITS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ def refusal(module: Any, rule: Rule) -> str:
     return ""
 
 
-def _all_are(kind: type, *names: str) -> Guard:
+def all_are(kind: type, *names: str) -> Guard:
     """Every named child is exactly of class ``kind``: a subclass may compute something else."""
     return (
         lambda m: all(type(getattr(m, name, None)) is kind for name in names),
@@ -54,15 +58,22 @@ def _all_are(kind: type, *names: str) -> Guard:
     )
 
 
-def _affine(*names: str) -> Guard:
+def affine(*names: str) -> Guard:
+    """Every named norm has weight and bias, as the ops want them."""
     return (
         lambda m: all(getattr(m, name).weight is not None and getattr(m, name).bias is not None for name in names),
         f"{' and '.join(names)} must have weight and bias",
     )
 
 
-def _forward(function: Callable[..., Any]) -> Callable[[Any, str], list[Replacement]]:
+def replaced_by(function: Callable[..., Any]) -> Callable[[Any, str], list[Replacement]]:
+    """``function``, bound to the module, in the place of its ``forward``."""
     return lambda m, name: [(m, "forward", MethodType(function, m))]
+
+
+def embeds_patches(conv: nn.Conv2d) -> bool:
+    """Whether its windows tile the picture: of 3 channels, so there is little to keep and no use for channels-last."""
+    return conv.stride == conv.kernel_size != (1, 1)
 
 
 def _norm_then_silu(m: Any, name: str) -> list[Replacement]:
@@ -93,7 +104,7 @@ _NOTHING_INSIDE = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k
 
 _HEAD = Rule(
     ops=lambda m: "group_norm_silu",
-    guards=(_all_are(nn.GroupNorm, "conv_norm_out"), _all_are(nn.SiLU, "conv_act"), _affine("conv_norm_out")),
+    guards=(all_are(nn.GroupNorm, "conv_norm_out"), all_are(nn.SiLU, "conv_act"), affine("conv_norm_out")),
     replace=_norm_then_silu,
     absorbs=("conv_norm_out", "conv_act"),
     label="conv_norm_out",
@@ -106,11 +117,11 @@ RULES: dict[tuple[str, str], Rule] = {
     ("diffusers", "ResnetBlock2D"): Rule(
         ops=lambda m: "group_norm_silu + frozen_conv2d",
         guards=(
-            _all_are(nn.GroupNorm, "norm1", "norm2"),
-            _affine("norm1", "norm2"),
-            _all_are(nn.SiLU, "nonlinearity"),
-            _all_are(nn.Conv2d, "conv1"),
-            _affine("conv1"),
+            all_are(nn.GroupNorm, "norm1", "norm2"),
+            affine("norm1", "norm2"),
+            all_are(nn.SiLU, "nonlinearity"),
+            all_are(nn.Conv2d, "conv1"),
+            affine("conv1"),
             (lambda m: m.upsample is None and m.downsample is None, "it resamples inside"),
             (
                 lambda m: m.time_embedding_norm == "default" or m.time_emb_proj is None,
@@ -119,15 +130,15 @@ RULES: dict[tuple[str, str], Rule] = {
             (lambda m: not m.skip_time_act, "its time embedding arrives activated"),
             (lambda m: m.dropout.p == 0, "it has dropout {m.dropout.p}"),
         ),
-        replace=_forward(fused_forwards.resnet),
+        replace=replaced_by(fused_forwards.resnet),
         absorbs=("norm1", "norm2", "conv1"),
     ),
     ("diffusers", "Transformer2DModel"): Rule(
         ops=lambda m: "group_norm_silu + frozen_linear",
         guards=(
             (lambda m: m.is_input_continuous, "its input is no picture"),
-            _all_are(nn.GroupNorm, "norm"),
-            _affine("norm"),
+            all_are(nn.GroupNorm, "norm"),
+            affine("norm"),
             (lambda m: type(m.proj_in) is type(m.proj_out), "proj_in and proj_out differ"),
             (lambda m: type(m.proj_in) in (nn.Conv2d, nn.Linear), "proj_in must be plain Conv2d or Linear"),
         ),
@@ -138,14 +149,14 @@ RULES: dict[tuple[str, str], Rule] = {
         ops=lambda m: "layer_norm",
         guards=(
             (lambda m: m.norm_type == "layer_norm", "its norm type is {m.norm_type!r}"),
-            _all_are(nn.LayerNorm, "norm1", "norm2", "norm3"),
-            _affine("norm1", "norm2", "norm3"),
+            all_are(nn.LayerNorm, "norm1", "norm2", "norm3"),
+            affine("norm1", "norm2", "norm3"),
             (lambda m: m.attn2 is not None, "it has no cross-attention"),
             (lambda m: m.pos_embed is None, "it has a positional embedding"),
             (lambda m: not hasattr(m, "fuser"), "it has gated attention (GLIGEN)"),
             (lambda m: m._chunk_size is None, "its feed-forward is chunked"),
         ),
-        replace=_forward(fused_forwards.transformer_block),
+        replace=replaced_by(fused_forwards.transformer_block),
         absorbs=("norm1", "norm2", "norm3"),
     ),
     ("diffusers", "Attention"): Rule(
@@ -154,7 +165,7 @@ RULES: dict[tuple[str, str], Rule] = {
             (_known_processor, "its processor is {m.processor.__class__.__name__}"),
             (
                 lambda m: m.inner_dim // m.heads in HEAD_SPLITS,
-                "its head width is {m.inner_dim} / {m.heads}; the kernels know " + ", ".join(map(str, HEAD_SPLITS)),
+                "its head width is {m.inner_dim} / {m.heads}; the kernels know " + KNOWN_WIDTHS,
             ),
             *((lambda m, n=name: getattr(m, n, None) is None, f"it has {name} inside") for name in _NOTHING_INSIDE),
             (lambda m: not m.residual_connection and m.rescale_output_factor == 1, "it adds or scales its input"),
@@ -162,19 +173,20 @@ RULES: dict[tuple[str, str], Rule] = {
         ),
         replace=_processor,
     ),
-    ("diffusers", "GEGLU"): Rule(ops=lambda m: "geglu", guards=(), replace=_forward(fused_forwards.gated)),
+    ("diffusers", "GEGLU"): Rule(ops=lambda m: "geglu", guards=(), replace=replaced_by(fused_forwards.gated)),
     ("torch", "Conv2d"): Rule(
         ops=lambda m: "frozen_conv2d",
         guards=(
             (lambda m: m.padding_mode == "zeros", "its padding mode is {m.padding_mode!r}"),
             (lambda m: not isinstance(m.padding, str), "its padding is {m.padding!r}"),
+            (lambda m: not embeds_patches(m), "it embeds patches: 3 channels in, little to keep"),
         ),
-        replace=_forward(fused_forwards.conv2d),
+        replace=replaced_by(fused_forwards.conv2d),
     ),
     ("torch", "GroupNorm"): Rule(
         ops=lambda m: "group_norm_silu",
         guards=((lambda m: m.affine, "it has no weight and bias"),),
-        replace=_forward(fused_forwards.group_norm),
+        replace=replaced_by(fused_forwards.group_norm),
     ),
     ("torch", "LayerNorm"): Rule(
         ops=lambda m: "layer_norm",
@@ -182,6 +194,6 @@ RULES: dict[tuple[str, str], Rule] = {
             (lambda m: m.weight is not None and m.bias is not None, "it has no weight and bias"),
             (lambda m: len(m.normalized_shape) == 1, "it norms over {m.normalized_shape}"),
         ),
-        replace=_forward(fused_forwards.layer_normed),
+        replace=replaced_by(fused_forwards.layer_normed),
     ),
 }

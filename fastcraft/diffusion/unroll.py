@@ -17,37 +17,29 @@ def predict_noise(
     timestep: Tensor,
     text_kv: TextKV,
     *,
-    guidance_scale: float,
-    uncond_grad: bool = True,
+    guided: bool,
 ) -> Tensor:
-    """The guided prediction, ``e_u + guidance_scale (e_c - e_u)`` (Ho and Salimans 2022, arXiv:2207.12598).
+    """What the UNet predicts with the text and, if ``guided``, without it; the sampler's step combines the two.
 
     Args:
         unet: prepared by `use_text_kv`.
         latents: ``(B, C, H, W)`` float32.
         timestep: ``()`` int64 on the UNet's device.
-        text_kv: for 2B samples, unconditional first; for B when ``guidance_scale`` is 1.
-        guidance_scale: at least 1.
-        uncond_grad: False stops the gradient of the unconditional branch (changes the gradient).
+        text_kv: for B samples; if ``guided`` for 2B, unconditional first.
+        guided: whether there are unconditional rows.
 
     Returns:
-        ``(B, C, H, W)`` float32.
+        ``(B, C, H, W)`` or, if ``guided``, ``(2B, C, H, W)``; dtype of the UNet.
     """
-    guided = guidance_scale != 1
     inputs = torch.cat([latents, latents]) if guided else latents
-    output = unet(
+    output: Tensor = unet(
         inputs.to(unet.dtype),
         timestep,
         encoder_hidden_states=None,
         cross_attention_kwargs={"text_kv": text_kv},
         return_dict=False,
-    )[0].float()
-    if not guided:
-        return output
-    uncond, cond = output.chunk(2)
-    if not uncond_grad:
-        uncond = uncond.detach()
-    return uncond + guidance_scale * (cond - uncond)
+    )[0]
+    return output
 
 
 def denoise(
@@ -150,24 +142,31 @@ class _Chain:
         trajectory = self.trajectory
 
         def predict(latents: Tensor, *flat: Tensor) -> Tensor:
-            return predict_noise(
-                self.unet,
-                latents,
-                self.timesteps[index],
-                text_kv.unflatten(flat, with_sums=True),
-                guidance_scale=self.guidance_scale,
-                uncond_grad=trajectory.uncond_grad,
-            )
+            kv = text_kv.unflatten(flat, with_sums=True)
+            return predict_noise(self.unet, latents, self.timesteps[index], kv, guided=self.guidance_scale != 1)
 
         inputs = latents if trajectory.input_grad else latents.detach()
         if index in self.treatments:
             output = carry_out(self.treatments[index], predict, inputs, *text_kv.flat(), module=self.unet)
+            output = self._stop_gradients(index, output)
         else:
             with torch.no_grad():
                 output = predict(inputs, *text_kv.flat())
-        if trajectory.row_starts and index in self.treatments and index < max(trajectory.row_starts):
-            started = torch.tensor([index >= row for row in trajectory.row_starts], device=output.device)
-            output = torch.where(started[:, None, None, None], output, output.detach())
         if trajectory.predict_original and index == trajectory.num_steps - 1:
-            return self.sampler.predict_original(index, latents, output)
-        return self.sampler.step(index, latents, output, None if self.noises is None else self.noises[index])
+            return self.sampler.predict_original(index, latents, output, guidance_scale=self.guidance_scale)
+        noise = None if self.noises is None else self.noises[index]
+        return self.sampler.step(index, latents, output, guidance_scale=self.guidance_scale, noise=noise)
+
+    def _stop_gradients(self, index: int, output: Tensor) -> Tensor:
+        """The same numbers, without gradient in unconditional rows and in samples that have not started, if so wished.
+
+        Row by row in Python: a mask would have to be copied to the device in every step.
+        """
+        trajectory, num_copies = self.trajectory, 1 if self.guidance_scale == 1 else 2
+        started = [index >= first for first in trajectory.row_starts] or [True] * (len(output) // num_copies)
+        wanted = (trajectory.uncond_grad, True)[-num_copies:]
+        keeps = [copy and sample for copy in wanted for sample in started]
+        if all(keeps):
+            return output
+        rows = zip(output.split(1), keeps, strict=True)
+        return torch.cat([row if keep else row.detach() for row, keep in rows])

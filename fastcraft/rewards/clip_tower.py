@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastcraft.errors import UserError
@@ -48,6 +48,11 @@ class ClipTower(Tower):
         self.logit_scale = model.logit_scale.detach().float().exp().item()
         self._text: OrderedDict[tuple[str, torch.device, torch.dtype], Tensor] = OrderedDict()
         self.freeze()
+
+    @property
+    def image_network(self) -> nn.Module:
+        """A ``CLIPVisionModel``."""
+        return self.model.vision_model
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.affine_head import AffineHead
@@ -35,6 +35,11 @@ class BlipTower(Tower):
         super().__init__(**options)
         self.vision, self.text, self.tokenizer = vision, text, tokenizer
         self.freeze()
+
+    @property
+    def image_network(self) -> nn.Module:
+        """A ``BlipVisionModel``."""
+        return self.vision
 
     def first_token(self, images: Tensor, prompts: Sequence[str], *, resize: Resize, clamp: bool) -> Tensor:
         """The text half's output at [CLS], with gradient to ``images``: ``(B, D)`` float32."""

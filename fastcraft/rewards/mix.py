@@ -149,6 +149,11 @@ class WeightedRewards(nn.Module):
         return self.weights[i] != 0 and reward.differentiable
 
     @property
+    def image_networks(self) -> list[nn.Module]:
+        """The parts that read pictures, each once; see `Tower`."""
+        return [tower.image_network for tower in self._towers]
+
+    @property
     def settings(self) -> dict[str, Mapping[str, Any]]:
         """Weight and settings of every reward, plain values for the run's record."""
         return {

@@ -59,6 +59,11 @@ class Tower(nn.Module):
         self.pixels = pixels or ImageCache()
         self.features = ImageCache()
 
+    @property
+    def image_network(self) -> nn.Module:
+        """The part that reads pictures, and that the fused ops may be put into."""
+        raise NotImplementedError
+
     def freeze(self) -> Self:
         """No parameter takes gradient and no dropout is on, from now on."""
         self.requires_grad_(False)

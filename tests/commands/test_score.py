@@ -104,6 +104,10 @@ def test_counts_of_a_detector_are_printed(score, folder, capsys, monkeypatch):
         (["--rewards", "pickscore"], "neither in the hub cache"),
         (["--rewards", "brightness", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--rewards", "brightness", "--device", "warp"], "--device: 'warp' cannot be used"),
+        (
+            ["--rewards", "clip", "--set", "clip.path=shapes", "--device", "cpu", "--kernels", "triton"],
+            "kernels.backend: 'triton' cannot serve CLIPVisionModel: the kernels need a CUDA",
+        ),
         (["--rewards", "brightness", "--csv", "/nowhere/s.csv"], "--csv: the folder of '/nowhere/s.csv' must exist"),
     ],
 )

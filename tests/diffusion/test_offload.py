@@ -26,7 +26,7 @@ def test_offloading_on_a_gpu_gives_the_gradient_and_frees_the_device(tiny_parts,
         for _ in range(3):  # a chain, so that several regions are on their way at once
             out = carry_out(
                 treatment,
-                lambda y: y + 0.1 * predict_noise(unet, y, torch.tensor(9, device="cuda"), kv, guidance_scale=1),
+                lambda y: y + 0.1 * predict_noise(unet, y, torch.tensor(9, device="cuda"), kv, guided=False),
                 out,
                 module=unet,
             )

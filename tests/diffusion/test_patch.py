@@ -315,6 +315,29 @@ def test_calls_that_a_patched_block_cannot_serve():
             narrow.unet(latents, 1, text)
 
 
+def test_convolution_weights_are_channels_last_meanwhile(vae):
+    """Both layouts, weights changed in between, and a patch that fails half-way."""
+    convs = {name: module for name, module in vae.named_modules() if type(module) is nn.Conv2d}
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.data = vae.decoder.conv_in.weight.contiguous(memory_format=torch.channels_last)
+    before = trace(vae)
+    with Patch(vae, backend="reference"):
+        assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convs.values())
+        assert not convs["decoder.conv_out"].weight.is_contiguous()
+        with torch.no_grad():
+            convs["decoder.conv_out"].weight.add_(1)
+    with torch.no_grad():
+        assert torch.equal(convs["decoder.conv_out"].weight, before[1]["decoder.conv_out.weight"][0] + 1)
+        convs["decoder.conv_out"].weight.copy_(before[1]["decoder.conv_out.weight"][0])
+    assert_untouched(vae, before)
+    patch = Patch(vae, backend="reference")
+    patch._replacements.append((object(), "forward", None))  # has no __dict__ to write to
+    with pytest.raises(AttributeError):
+        patch.apply()
+    assert_untouched(vae, before)
+    assert current_backend() == "auto"
+
+
 def test_patching_twice(narrow):
     with Patch(narrow.unet, backend="reference") as patch:
         with pytest.raises(ValueError, match="this patch is on already"):

@@ -1,5 +1,7 @@
 """Samplers and grids against diffusers' scheduler."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -51,24 +53,50 @@ def test_every_step_equals_diffusers(name, spacing, eta, prediction_type):
     for index, timestep in enumerate(theirs.timesteps):
         latents, output, noise = torch.randn(3, 2, 4, 8, 8, generator=generator).unbind(0)
         expected = theirs.step(output, timestep, latents, eta=eta, variance_noise=noise)
-        torch.testing.assert_close(ours.step(index, latents, output, noise), expected.prev_sample, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(
+            ours.step(index, latents, output, noise=noise), expected.prev_sample, rtol=2e-5, atol=2e-5
+        )
         torch.testing.assert_close(
             ours.predict_original(index, latents, output), expected.pred_original_sample, rtol=2e-5, atol=2e-5
         )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_step_is_differentiable_in_all_it_reads(prediction_type):
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_step_is_differentiable_in_latents_and_prediction(prediction_type, guidance_scale):
     schedule = NoiseSchedule.from_diffusers(scheduler(prediction_type))
     sampler = SAMPLERS.get("ddim")(schedule, num_inference_steps=5, eta=1)
-    inputs = [torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    x, noise = torch.randn(2, 1, 2, 2, 2, dtype=torch.float64)
+    output = torch.randn(1 if guidance_scale == 1 else 2, 2, 2, 2, dtype=torch.float64)
+    inputs = x.requires_grad_(), output.requires_grad_()
     for index in range(5):
-        assert torch.autograd.gradcheck(lambda *args, i=index: sampler.step(i, *args), inputs)
+        for call in (partial(sampler.step, index, noise=noise), partial(sampler.predict_original, index)):
+            assert torch.autograd.gradcheck(partial(call, guidance_scale=guidance_scale), inputs)
+
+
+def test_a_schedule_that_begins_in_pure_noise():
+    """Of a v-prediction with zero signal at the first step, rescaled as in arXiv:2305.08891."""
+    theirs = scheduler("v_prediction")
+    theirs.alphas_cumprod[-1] = 0.0
+    theirs.set_timesteps(4)
+    sampler = SAMPLERS.get("ddim")(NoiseSchedule.from_diffusers(theirs), num_inference_steps=4, eta=1)
+    latents, output, noise = torch.randn(3, 2, 4, 8, 8).unbind(0)
+    for eta in (0.0, 0.5):
+        sampler.eta = eta
+        expected = theirs.step(output, theirs.timesteps[0], latents, eta=eta, variance_noise=noise)
+        ours = sampler.step(0, latents, output, noise=noise)
+        torch.testing.assert_close(ours, expected.prev_sample, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(sampler.predict_original(0, latents, output), -output)
+    # with eta = 1 nothing is left of the predicted noise
+    level = sampler.schedule.alpha_cumprod(sampler.timesteps[1])
+    sampler.eta = 1.0
+    expected_latents = -(level**0.5) * output + (1 - level) ** 0.5 * noise
+    torch.testing.assert_close(sampler.step(0, latents, output, noise=noise), expected_latents, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_is_demanded_when_eta_is_positive():
     sampler = SAMPLERS.get("ddim")(NoiseSchedule.from_diffusers(scheduler()), num_inference_steps=5, eta=0.3)
-    with pytest.raises(ValueError, match=r"eta = 0\.3 needs noise"):
+    with pytest.raises(ValueError, match=r"noise is needed with eta = 0\.3, got None"):
         sampler.step(0, torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
 
 

@@ -5,7 +5,9 @@ import torch
 
 from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
-from fastcraft.diffusion.unroll import _regions
+from fastcraft.diffusion.text_kv import project_text
+from fastcraft.diffusion.unroll import _regions, denoise
+from fastcraft.memory.policies import make_policy
 from fastcraft.records import KEEP, CheckpointPlan, PromptEmbeds, Trajectory
 
 
@@ -69,3 +71,73 @@ def test_a_plan_of_another_length_is_refused(tiny_parts):
             images.noise([1])[0], text_kv=kv, prefix_kv=kv, trajectory=Trajectory(num_steps=4, grad_steps=(3,)),
             plan=CheckpointPlan(steps=(KEEP, KEEP)),
         )  # fmt: skip
+
+
+def plain_loop(unet, x, cond, uncond, noises, *, sampler, guidance_scale, trajectory):
+    """The run written out with diffusers' UNet, the text given to every step."""
+    batch, levels = len(x), sampler.schedule
+    for index in range(trajectory.num_steps):
+        with torch.set_grad_enabled(index in trajectory.grad_steps):
+            inputs = x if trajectory.input_grad else x.detach()
+            timestep = sampler.timesteps[index]
+            prediction = unet(inputs, timestep, encoder_hidden_states=cond).sample
+            if guidance_scale != 1:
+                without = unet(inputs, timestep, encoder_hidden_states=uncond.expand(batch, -1, -1)).sample
+                without = without if trajectory.uncond_grad else without.detach()
+                prediction = without + guidance_scale * (prediction - without)
+        if trajectory.row_starts:
+            rows = zip(prediction, trajectory.row_starts, strict=True)
+            prediction = torch.stack([row if index >= start else row.detach() for row, start in rows])
+        level, previous = levels.alpha_cumprod(timestep), levels.alpha_cumprod(timestep - sampler.stride)
+        original = (x - (1 - level) ** 0.5 * prediction) / level**0.5
+        if trajectory.predict_original and index == trajectory.num_steps - 1:
+            return original
+        sigma = sampler.eta * ((1 - previous) / (1 - level) * (1 - level / previous)) ** 0.5
+        x = previous**0.5 * original + (1 - previous - sigma**2) ** 0.5 * prediction + sigma * noises[index]
+    return x
+
+
+@pytest.mark.parametrize(
+    ("options", "guidance_scale", "eta", "policy"),
+    [
+        ({"grad_steps": (2, 3)}, 7.5, 0.0, "none"),
+        ({"grad_steps": (1, 2, 3), "uncond_grad": False}, 7.5, 1.0, "step"),
+        ({"grad_steps": (0, 2), "input_grad": False, "predict_original": True}, 3.0, 0.0, "step+block"),
+        ({"grad_steps": (1, 2, 3), "row_starts": (3, 1), "uncond_grad": False}, 3.0, 0.5, "segment:2"),
+        ({"grad_steps": (1, 2, 3), "row_starts": (2, 1)}, 1.0, 1.0, "last_k_live:1"),
+        ({"grad_steps": (2,), "num_steps": 3, "predict_original": True}, 1.0, 0.0, "sac:attention+conv"),
+    ],
+    ids=["last", "uncond", "spaced", "rows", "unguided", "original"],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-4)], ids=str)
+def test_equals_the_loop_written_out(tiny_parts, options, guidance_scale, eta, policy, dtype, tolerance):
+    torch.manual_seed(0)
+    unet, stock = tiny_parts.components.unet.to(dtype), tiny_parts.stock.to(dtype)
+    trajectory = Trajectory(**{"num_steps": 4, **options})
+    sampler = DDIMSampler(tiny_parts.components.schedule, num_inference_steps=4, eta=eta)
+    noise, *noises = torch.randn(5, 2, 4, 8, 8, dtype=dtype).unbind(0)
+    cond = torch.randn(2, 7, 32, dtype=dtype, requires_grad=True)
+    uncond = torch.randn(1, 7, 32, dtype=dtype, requires_grad=True)
+    guided = guidance_scale != 1
+
+    def ours():
+        kv = project_text(unet, cond, uncond if guided else None)
+        return denoise(
+            unet, noise, sampler=sampler, text_kv=kv, prefix_kv=kv.detach(), guidance_scale=guidance_scale,
+            trajectory=trajectory, plan=make_policy(policy).plan(len(trajectory.grad_steps)), noises=noises,
+        )  # fmt: skip
+
+    def plain():
+        return plain_loop(
+            stock, noise, cond, uncond, noises, sampler=sampler, guidance_scale=guidance_scale, trajectory=trajectory
+        )
+
+    results = []
+    for run in (ours, plain):
+        latents = run()
+        weight = torch.linspace(-1, 1, latents.numel(), dtype=dtype).view(latents.shape)
+        grads = torch.autograd.grad((latents * weight).sum(), (cond, uncond), materialize_grads=True)
+        assert grads[1].any() == (guided and trajectory.uncond_grad)
+        results.append([latents, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastcraft.diffusion.schedule import NoiseSchedule, timestep_grid
+from fastcraft_kernels.guided_step import guided_step
 
 
 class DDIMSampler:
@@ -28,44 +29,63 @@ class DDIMSampler:
         """Whether `step` wants fresh noise."""
         return self.eta > 0
 
-    def step(self, index: int, latents: Tensor, model_output: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents after step ``index``.
+    def step(
+        self,
+        index: int,
+        latents: Tensor,
+        model_output: Tensor,
+        *,
+        guidance_scale: float = 1.0,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Latents after step ``index``: guidance and update in one pass, which keeps nothing for backward.
 
         Args:
             index: 0 is the noisiest step.
             latents: ``(B, C, H, W)`` float32, before the step.
-            model_output: ``(B, C, H, W)``, the guided prediction (epsilon or v).
-            noise: ``(B, C, H, W)`` standard normal, needed when ``eta`` > 0.
+            model_output: epsilon or v: ``(2B, C, H, W)``, unconditional rows first, or ``(B, C, H, W)`` with a
+                ``guidance_scale`` of 1; any float dtype.
+            guidance_scale: weight w of ``e_u + w (e_c - e_u)``, at least 1 (Ho and Salimans 2022, arXiv:2207.12598).
+            noise: ``(B, C, H, W)`` standard normal, dtype of ``latents``, needed when ``eta`` > 0; takes no gradient.
 
         Returns:
-            ``(B, C, H, W)`` float32.
-        """
-        timestep = self.timesteps[index]
-        alpha_cumprod = self.schedule.alpha_cumprod(timestep)
-        previous = self.schedule.alpha_cumprod(timestep - self.stride)
-        pred_original_sample, noise_pred = self._split(index, latents, model_output)
-        variance = (1 - previous) / (1 - alpha_cumprod) * (1 - alpha_cumprod / previous)
-        sigma = self.eta * variance**0.5
-        latents = previous**0.5 * pred_original_sample + (1 - previous - sigma**2) ** 0.5 * noise_pred
-        if sigma == 0:
-            return latents
-        if noise is None:
-            raise ValueError(f"DDIMSampler.step: eta = {self.eta} needs noise, got None")
-        return latents + sigma * noise
+            ``(B, C, H, W)``, dtype of ``latents``.
 
-    def predict_original(self, index: int, latents: Tensor, model_output: Tensor) -> Tensor:
-        """``pred_original_sample`` at step ``index``: the x0 estimate, same shape as ``latents``."""
-        return self._split(index, latents, model_output)[0]
+        Raises:
+            ValueError: shapes and dtypes that do not fit, or no noise where it is needed.
+        """
+        previous = self.schedule.alpha_cumprod(self.timesteps[index] - self.stride)
+        return self._to_level(previous, index, latents, model_output, guidance_scale, self.eta, noise)
+
+    def predict_original(
+        self, index: int, latents: Tensor, model_output: Tensor, *, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """``pred_original_sample`` at step ``index``, the x0 estimate: a step that ends without any noise."""
+        return self._to_level(1.0, index, latents, model_output, guidance_scale, 0.0, None)
 
     def add_noise(self, index: int, original: Tensor, noise: Tensor) -> Tensor:
         """A sample of the forward process at the timestep of step ``index``."""
         alpha_cumprod = self.schedule.alpha_cumprod(self.timesteps[index])
         return alpha_cumprod**0.5 * original + (1 - alpha_cumprod) ** 0.5 * noise
 
-    def _split(self, index: int, latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-        """(x0, epsilon) from either kind of prediction."""
-        alpha_cumprod = self.schedule.alpha_cumprod(self.timesteps[index])
-        alpha, sigma = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
-        if self.schedule.prediction_type == "epsilon":
-            return (latents - sigma * model_output) / alpha, model_output
-        return alpha * latents - sigma * model_output, alpha * model_output + sigma * latents
+    def _to_level(
+        self,
+        level: float,
+        index: int,
+        latents: Tensor,
+        output: Tensor,
+        guidance_scale: float,
+        eta: float,
+        noise: Tensor | None,
+    ) -> Tensor:
+        """From the timestep of step ``index`` to the squared signal level ``level``."""
+        return guided_step(
+            latents,
+            output,
+            alpha_cumprod=self.schedule.alpha_cumprod(self.timesteps[index]),
+            previous_alpha_cumprod=level,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            noise=noise,
+            prediction_type=self.schedule.prediction_type,
+        )

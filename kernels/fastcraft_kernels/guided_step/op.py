@@ -21,8 +21,8 @@ def guided_step(
         latents: ``(B, C, H, W)`` float32 (or float64), before the step.
         model_output: what the UNet gave, any float dtype: ``(2B, C, H, W)`` with the unconditional rows first, or
             ``(B, C, H, W)`` when ``guidance_scale`` is 1.
-        alpha_cumprod: squared signal level of ``latents``, in (0, 1).
-        previous_alpha_cumprod: squared signal level after the step, from ``alpha_cumprod`` to 1.
+        alpha_cumprod: squared signal level of ``latents``, in (0, 1); 0, all noise, with a v-prediction only.
+        previous_alpha_cumprod: squared signal level after the step, above 0, from ``alpha_cumprod`` to 1.
         guidance_scale: weight w of ``e_u + w (e_c - e_u)``, at least 1.
         eta: DDIM noise weight in [0, 1].
         noise: ``(B, C, H, W)`` standard normal, dtype of ``latents``; needed when ``eta`` > 0. It carries no gradient.
@@ -38,11 +38,14 @@ def guided_step(
     Source: arXiv:2010.02502, Eq. 12; arXiv:2207.12598.
     """
     _check_tensors(latents, model_output, noise, guided=guidance_scale != 1)
-    if not 0 < alpha_cumprod < 1 or not alpha_cumprod <= previous_alpha_cumprod <= 1:
+    all_noise = alpha_cumprod == 0 and prediction_type == "v_prediction"  # there an epsilon says nothing about x0
+    if not (0 < alpha_cumprod < 1 or all_noise) or not alpha_cumprod <= previous_alpha_cumprod <= 1:
         raise ValueError(
-            "guided_step: alpha_cumprod must lie in (0, 1) and previous_alpha_cumprod between it and 1, got "
-            f"{alpha_cumprod} and {previous_alpha_cumprod}"
+            "guided_step: alpha_cumprod must lie in (0, 1), or be 0 with a v-prediction, and previous_alpha_cumprod "
+            f"between it and 1, got {alpha_cumprod} and {previous_alpha_cumprod}"
         )
+    if previous_alpha_cumprod == 0:
+        raise ValueError("guided_step: previous_alpha_cumprod must be above 0, got 0")
     if not guidance_scale >= 1 or not 0 <= eta <= 1:
         raise ValueError(
             f"guided_step: guidance_scale must be at least 1 and eta lie in [0, 1], got {guidance_scale} and {eta}"

@@ -20,7 +20,7 @@ def step_coefficients(
     variance = (1 - previous_alpha_cumprod) / (1 - alpha_cumprod) * (1 - alpha_cumprod / previous_alpha_cumprod)
     sigma = eta * variance**0.5
     of_original = previous_alpha_cumprod**0.5
-    of_epsilon = (1 - previous_alpha_cumprod - sigma**2) ** 0.5
+    of_epsilon = max(1 - previous_alpha_cumprod - sigma**2, 0.0) ** 0.5  # rounding may leave less than 0
     if prediction_type == "epsilon":
         of_latents = of_original / signal
         of_output = of_epsilon - of_latents * noise

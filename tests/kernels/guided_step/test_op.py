@@ -3,44 +3,51 @@
 import pytest
 import torch
 
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
-from fastcraft.diffusion.schedule import NoiseSchedule
 from fastcraft_kernels.guided_step import guided_step
+from fastcraft_kernels.guided_step.reference import step_coefficients
 
 
-def schedule(prediction_type):
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    levels = tuple((1 - betas).cumprod(0).tolist())
-    return NoiseSchedule(alphas_cumprod=levels, final_alpha_cumprod=levels[0], prediction_type=prediction_type)
+def plain_step(x, output, noise, *, level, previous, guidance_scale, eta, prediction_type):
+    """Guidance, then Eq. 12 of arXiv:2010.02502, one term after another."""
+    if guidance_scale != 1:
+        uncond, cond = output.chunk(2)
+        output = uncond + guidance_scale * (cond - uncond)
+    if prediction_type == "epsilon":
+        original, epsilon = (x - (1 - level) ** 0.5 * output) / level**0.5, output
+    else:
+        original = level**0.5 * x - (1 - level) ** 0.5 * output
+        epsilon = level**0.5 * output + (1 - level) ** 0.5 * x
+    sigma = eta * ((1 - previous) / (1 - level) * (1 - level / previous)) ** 0.5
+    return previous**0.5 * original + (1 - previous - sigma**2) ** 0.5 * epsilon + sigma * noise
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("guidance_scale", "eta"), [(7.5, 0.0), (3.0, 1.0), (1.0, 0.5), (1.0, 0.0)])
-def test_equals_guidance_then_sampler(prediction_type, guidance_scale, eta):
-    levels = schedule(prediction_type)
-    sampler = DDIMSampler(levels, num_inference_steps=10, eta=eta)
+def test_equals_guidance_then_ddim(prediction_type, guidance_scale, eta):
     rows = 2 if guidance_scale == 1 else 4
-    for index in (0, 4, 9):
+    for level, previous in ((0.0047, 0.014), (0.2, 0.35), (0.8, 0.99), (0.9, 1.0)):
         x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
         out = torch.randn(rows, 4, 3, 5, dtype=torch.float64, requires_grad=True)
         noise = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-        if rows == 4:
-            uncond, cond = out.chunk(2)
-            guided = uncond + guidance_scale * (cond - uncond)
-        else:
-            guided = out
-        plain = sampler.step(index, x, guided, noise)
-        timestep = sampler.timesteps[index]
+        numbers = {"guidance_scale": guidance_scale, "eta": eta, "prediction_type": prediction_type}
+        plain = plain_step(x, out, noise, level=level, previous=previous, **numbers)
         ours = guided_step(
-            x, out, alpha_cumprod=levels.alpha_cumprod(timestep), guidance_scale=guidance_scale, eta=eta,
-            previous_alpha_cumprod=levels.alpha_cumprod(timestep - sampler.stride), noise=noise,
-            prediction_type=prediction_type,
+            x, out, alpha_cumprod=level, previous_alpha_cumprod=previous, noise=noise, **numbers
         )  # fmt: skip
         torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-11)
         cotangent = torch.randn_like(ours)
         expected = torch.autograd.grad(plain, (x, out), cotangent)
         for a, b in zip(torch.autograd.grad(ours, (x, out), cotangent), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_nothing_of_the_predicted_noise_is_left():
+    """From noise alone with eta = 1: what is under the root is 0 to rounding, above or below."""
+    for previous in torch.linspace(0.01, 0.99, 99).tolist():
+        numbers = step_coefficients(0.0, previous, guidance_scale=3.0, eta=1.0, prediction_type="v_prediction")
+        assert all(type(number) is float for number in numbers)  # a root of less than 0 would be complex
+        assert numbers[0] == pytest.approx(0, abs=1e-7)
+        assert numbers[2:] == pytest.approx((-3 * previous**0.5, (1 - previous) ** 0.5))
 
 
 def test_nothing_is_saved_and_dtypes_hold():
@@ -97,7 +104,13 @@ def test_gradcheck_and_compile():
         ({"model_output": torch.zeros(4, 4, 8, 8, device="meta")}, "model_output must be on the device of latents"),
         (
             {"alpha_cumprod": 1.0},
-            "alpha_cumprod must lie in (0, 1) and previous_alpha_cumprod between it and 1, got 1.0",
+            "alpha_cumprod must lie in (0, 1), or be 0 with a v-prediction, and previous_alpha_cumprod between it and "
+            "1, got 1.0",
+        ),
+        ({"alpha_cumprod": 0.0}, "alpha_cumprod must lie in (0, 1), or be 0 with a v-prediction"),
+        (
+            {"alpha_cumprod": 0.0, "previous_alpha_cumprod": 0.0, "prediction_type": "v_prediction"},
+            "previous_alpha_cumprod must be above 0",
         ),
         ({"previous_alpha_cumprod": 0.1}, "between it and 1, got 0.2 and 0.1"),
         ({"guidance_scale": 0.5}, "guidance_scale must be at least 1 and eta lie in [0, 1], got 0.5 and 0.0"),
