@@ -171,8 +171,9 @@ def policy_of(
         auto.choose(depth)
         return auto.plan, auto
     make = plan_maker(
-        memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type
-    )
+        memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type,
+        input_grad=recipe.objective.input_grad,
+    )  # fmt: skip
     return make, None
 
 

@@ -5,6 +5,7 @@ from fastcraft.config import dump_recipe
 from fastcraft.forecast.networks import networks_of
 from fastcraft.forecast.phases import TREATMENTS
 from fastcraft.memory.cost import parameter_counts
+from fastcraft.memory.planner import describe as describe_plan
 from fastcraft.recipe import Recipe
 from fastcraft.records import KEEP, OFFLOAD, RECOMPUTE
 
@@ -19,8 +20,8 @@ def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
     lines = [
         dump_recipe(recipe).rstrip(),
         "",
-        f"plan        {recipe.memory.policy}: {depth} steps with gradient: {', '.join(plan.steps)}; "
-        f"decode: {plan.decode}",
+        f"plan        {recipe.memory.policy}: {depth} steps with gradient: "
+        f"{describe_plan(plan, batch_size=train.batch_size)}",
         f"parameters  {trainable:,} trainable, {frozen:,} frozen",
         f"prompts     {parts.prompts_summary}",
         f"per step    {samples} samples on each of {world_size} rank{'s' if world_size > 1 else ''}",

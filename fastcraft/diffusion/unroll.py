@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcraft.diffusion.treatments import carry_out
+from fastcraft.diffusion.treatments import BatchedSteps, carry_out
 from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, TextKV, Trajectory
 
 
@@ -25,7 +25,7 @@ def predict_noise(
     Args:
         unet: prepared by `use_text_kv`.
         latents: ``(B, C, H, W)`` float32.
-        timestep: ``()`` int64 on the UNet's device.
+        timestep: ``()``, or ``(B,)`` of one's own for each row, int64 on the UNet's device.
         text_kv: 2B rows, unconditional first; B rows when ``guidance_scale`` is 1.
         guidance_scale: at least 1.
         uncond_grad: False stops the gradient of the unconditional branch (changes the gradient).
@@ -35,6 +35,8 @@ def predict_noise(
     """
     guided = guidance_scale != 1
     inputs = torch.cat([latents, latents]) if guided else latents
+    if guided and timestep.ndim:
+        timestep = torch.cat([timestep, timestep])
     output = unet(
         inputs.to(unet.dtype),
         timestep,
@@ -88,10 +90,13 @@ def denoise(
     """
     if len(plan.steps) != len(trajectory.grad_steps):
         raise ValueError(f"denoise: plan has {len(plan.steps)} steps, trajectory {len(trajectory.grad_steps)}")
+    if plan.batched and trajectory.input_grad:
+        raise ValueError(f"denoise: plan.batched needs a trajectory with input_grad = False, got {plan.batched}")
     chain = _Chain(
         unet=unet, sampler=sampler, guidance_scale=guidance_scale, trajectory=trajectory, noises=noises,
         treatments=dict(zip(trajectory.grad_steps, plan.steps, strict=True)),
         timesteps=torch.tensor(sampler.timesteps, device=latents.device),
+        batches=BatchedSteps(plan.batched, num_steps=len(plan.steps)) if plan.batched else None,
     )  # fmt: skip
     first = min(trajectory.grad_steps, default=trajectory.num_steps)
     if start < first:
@@ -133,6 +138,7 @@ class _Chain:
     noises: Sequence[Tensor] | None
     treatments: Mapping[int, str]
     timesteps: Tensor
+    batches: BatchedSteps | None
 
     def run(self, steps: range, latents: Tensor, text_kv: TextKV, *, recomputed: bool) -> Tensor:
         """Several steps, run again in backward as a whole if ``recomputed``."""
@@ -149,25 +155,32 @@ class _Chain:
         """The latents after step ``index``, or the x0 estimate where the run ends with one."""
         trajectory = self.trajectory
 
-        def predict(latents: Tensor, *flat: Tensor) -> Tensor:
-            return predict_noise(
-                self.unet,
-                latents,
-                self.timesteps[index],
-                text_kv.unflatten(flat),
-                guidance_scale=self.guidance_scale,
-                uncond_grad=trajectory.uncond_grad,
-            )
+        def predict(indices: Sequence[int], latents: Tensor, *flat: Tensor) -> Tensor:
+            return self._predict(indices, latents, text_kv.unflatten(flat))
 
         inputs = latents if trajectory.input_grad else latents.detach()
-        if index in self.treatments:
-            output = carry_out(self.treatments[index], predict, inputs, *text_kv.flat(), module=self.unet)
-        else:
+        if index not in self.treatments:
             with torch.no_grad():
-                output = predict(inputs, *text_kv.flat())
+                output = predict([index], inputs, *text_kv.flat())
+        elif self.batches is not None:
+            output = self.batches.run(predict, index, inputs, *text_kv.flat())
+        else:
+            output = carry_out(self.treatments[index], predict, [index], inputs, *text_kv.flat(), module=self.unet)
         if trajectory.row_starts and index in self.treatments and index < max(trajectory.row_starts):
             started = torch.tensor([index >= row for row in trajectory.row_starts], device=output.device)
             output = torch.where(started[:, None, None, None], output, output.detach())
         if trajectory.predict_original and index == trajectory.num_steps - 1:
             return self.sampler.predict_original(index, latents, output)
         return self.sampler.step(index, latents, output, None if self.noises is None else self.noises[index])
+
+    def _predict(self, indices: Sequence[int], latents: Tensor, text_kv: TextKV) -> Tensor:
+        """Predictions of one step or, ``latents`` being those of several one below the other, of all of them."""
+        timestep = self.timesteps[indices[0]]
+        if (times := len(indices)) > 1:
+            num_samples = len(latents) // times
+            timestep = torch.stack([self.timesteps[index] for index in indices]).repeat_interleave(num_samples)
+            text_kv = text_kv.repeat(times, num_samples=num_samples)
+        return predict_noise(
+            self.unet, latents, timestep, text_kv, guidance_scale=self.guidance_scale,
+            uncond_grad=self.trajectory.uncond_grad,
+        )  # fmt: skip

@@ -113,12 +113,8 @@ class StepEstimate:
         unknown = sorted({*plan.steps} - self.steps.keys() | {plan.decode} - self.heads.keys())
         if unknown or (plan.segments and {*plan.steps} != {KEEP}):
             raise ValueError(f"predict: plan must use treatments that were estimated, got {unknown or plan}")
-        regions = [(name, self.steps[name]) for name in plan.steps]
-        if plan.segments:
-            regions = [(f"segment:{length}", self._segment(length)) for length in plan.segments]
-        saved = [
-            cost.step_bytes(batch_size, first=index == 0 or not input_grad) for index, (_, cost) in enumerate(regions)
-        ]
+        regions = self.regions(plan)
+        saved = self._saved(regions, batch_size, input_grad)
         peak_bytes, at, kinds = self._peak(plan, regions, saved, batch_size)
         seconds, flops = self._time(plan, regions, batch_size, num_inference_steps - len(plan.steps), card)
         return Prediction(
@@ -126,6 +122,45 @@ class StepEstimate:
             saved_bytes=sum(held for held, _ in saved),
             seconds_by_phase=seconds, flops=flops,
         )  # fmt: skip
+
+    def regions(self, plan: CheckpointPlan) -> list[Region]:
+        """What backward goes through at once, in the order of the chain; treatments must have been estimated."""
+        if plan.segments:
+            return [(f"segment:{length}", self._segment(length)) for length in plan.segments]
+        if plan.batched:
+            full, rest = divmod(len(plan.steps), plan.batched)
+            lengths = [rest] * bool(rest) + [plan.batched] * full
+            return [(f"batch:{length}", self._batch(length)) for length in lengths]
+        return [(name, self.steps[name]) for name in plan.steps]
+
+    def _batch(self, length: int) -> Cost:
+        """``length`` steps whose backward is one call at so many times the batch; what starts it costs once."""
+        again = self.steps[RECOMPUTE]
+        held = (again.first_held or again.held).each
+        extra = (again.first_extra or again.backward_extra).each
+        repeated_keys = self.kv_bytes.each if length > 1 else 0
+
+        def at_once(op: Op) -> Op:
+            return op._replace(flops=op.flops * length, moved_bytes=op.moved_bytes * length)
+
+        return Cost(
+            held=Line(each=held * length),
+            forward_peak=Line(each=again.forward_peak.each + held * (length - 1)),
+            backward_extra=Line(each=(extra + repeated_keys) * length),
+            forward=replace(again.forward, ops={op: count * length for op, count in again.forward.ops.items()}),
+            backward=replace(again.backward, ops={at_once(op): count for op, count in again.backward.ops.items()}),
+        )
+
+    def _saved(self, regions: Sequence[Region], batch: int, input_grad: bool) -> list[tuple[int, int]]:
+        """(held, backward extra) of each region."""
+        return [cost.step_bytes(batch, first=index == 0 or not input_grad) for index, (_, cost) in enumerate(regions)]
+
+    def chain_bytes(self, plan: CheckpointPlan, *, batch_size: int, input_grad: bool) -> tuple[int, int]:
+        """(bytes above the static ones at the highest point outside the decode, bytes saved by all steps)."""
+        regions = self.regions(plan)
+        saved = self._saved(regions, batch_size, input_grad)
+        highest = max(sum(moment[1:]) for moment in self._chain_moments(regions, saved, batch_size))
+        return highest, sum(held for held, _ in saved)
 
     def _segment(self, length: int) -> Cost:
         """``length`` steps that keep everything, run again together: in backward all of them are held at once."""
@@ -146,12 +181,21 @@ class StepEstimate:
         self, plan: CheckpointPlan, regions: Sequence[Region], saved: Sequence[tuple[int, int]], batch: int
     ) -> tuple[int, str, dict[str, int]]:
         """The highest of all phases: bytes, where, and what of; ``saved`` are (held, backward extra) of each region."""
-        text, kv = self.text.held.at(batch), self.kv_bytes.at(batch)
         chunk, all_saved = min(plan.decode_micro_batch or batch, batch), sum(held for held, _ in saved)
-        moments = [
-            *self._fixed_moments(batch),
-            ("decode and rewards", text, all_saved, self.head_bytes(plan.decode, chunk), 0),
-        ]
+        moments = self._chain_moments(regions, saved, batch)
+        moments.append(
+            ("decode and rewards", self.text.held.at(batch), all_saved, self.head_bytes(plan.decode, chunk), 0)
+        )
+        at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))
+        names = ("text encoder", "saved by steps", "at work", "gradients")
+        kinds = {**self.static, **dict(zip(names, amounts, strict=True))}
+        return sum(kinds.values()), at, kinds
+
+    def _chain_moments(
+        self, regions: Sequence[Region], saved: Sequence[tuple[int, int]], batch: int
+    ) -> list[tuple[str, int, int, int, int]]:
+        """All moments but the decode's, as `_fixed_moments`."""
+        text, kv, moments = self.text.held.at(batch), self.kv_bytes.at(batch), self._fixed_moments(batch)
         before = 0
         for index, ((name, cost), (held, extra)) in enumerate(zip(regions, saved, strict=True)):
             number = f"step {index + 1} of {len(regions)} ({name})"
@@ -159,10 +203,7 @@ class StepEstimate:
             moments.append((f"forward of {number}", text, before, cost.forward_peak.at(batch), 0))
             moments.append((f"backward of {number}", text, before + held, extra, grads))
             before += held
-        at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))
-        names = ("text encoder", "saved by steps", "at work", "gradients")
-        kinds = {**self.static, **dict(zip(names, amounts, strict=True))}
-        return sum(kinds.values()), at, kinds
+        return moments
 
     def _fixed_moments(self, batch: int) -> list[tuple[str, int, int, int, int]]:
         """Where, text activations, saved by steps, at work, gradients of the text keys: what no plan changes."""

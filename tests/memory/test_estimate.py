@@ -50,7 +50,7 @@ def tiny(tiny_pipeline):
         latent_shape=parts.latent_shape, pixels_per_latent=parts.pixels_per_latent, dtype=torch.float32,
     )  # fmt: skip
 
-    def objective(depth, make_plan):
+    def objective(depth, make_plan, **settings):
         model = ImageModel(
             unet=parts.unet, vae=parts.vae, sampler=DDIMSampler(parts.schedule, num_inference_steps=depth + 2),
             guidance_scale=3.0, latent_shape=parts.latent_shape, device=torch.device("cpu"),
@@ -58,7 +58,7 @@ def tiny(tiny_pipeline):
         text = PromptEncoder(
             parts.tokenizer, trained=trained, original=original, device=torch.device("cpu"), guided=True
         )
-        settings = BackpropSettings(backprop_steps=depth)
+        settings = BackpropSettings(backprop_steps=depth, **settings)
         return RewardBackprop(text, model, rewards=networks.rewards, make_plan=make_plan, settings=settings, seed=0)
 
     weights = [t for m in (parts.unet, parts.vae, trained, original) for t in (*m.parameters(), *m.buffers())]
@@ -70,10 +70,10 @@ def estimate(tiny):
     return estimate_step(tiny[0], guided=True, on_cpu=True)
 
 
-def true_peak(tiny, plan, batch_size):
+def true_peak(tiny, plan, batch_size, **settings):
     """Bytes above the weights at the highest point of a micro-step, on real tensors."""
     _, objective, weights = tiny
-    loss = objective(len(plan.steps), lambda _: plan)
+    loss = objective(len(plan.steps), lambda _: plan, **settings)
     batch = PromptBatch(prompts=["red cat"] * batch_size, indices=list(range(batch_size)))
     with AllocationTracker(weights) as tracker:
         (output,) = loss.losses(batch, draw=0)
@@ -94,6 +94,21 @@ def test_the_sum_of_phases_meets_a_real_step(tiny, estimate):
         # gradients of the text keys are counted beside a step's highest point, which they may come after
         spare = estimate.kv_bytes.at(batch_size)
         assert 0.99 * measured <= above_weights <= 1.02 * measured + spare, plan
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_steps_in_batches_take_what_is_predicted_whatever_their_number(tiny, estimate, size):
+    peaks = []
+    for depth in (7, 12):  # more than one full batch, so that gradients of the text keys wait in both
+        plan = CheckpointPlan(steps=(RECOMPUTE,) * depth, batched=size, decode=RECOMPUTE, decode_micro_batch=1)
+        predicted = estimate.predict(
+            plan, batch_size=3, num_inference_steps=depth + 2, card=CARDS["h200"], input_grad=False
+        )
+        peaks.append(true_peak(tiny, plan, 3, input_grad=False))
+        above_weights = predicted.peak_bytes - estimate.static_bytes
+        assert 0.99 * peaks[-1] <= above_weights <= 1.02 * peaks[-1] + estimate.kv_bytes.at(3), depth
+    latent = 3 * 4 * 4 * 8 * 8  # bytes
+    assert 0 < peaks[1] - peaks[0] <= 2 * 5 * latent  # a step more takes its input and nothing else
 
 
 def test_an_estimate_survives_json_and_is_made_once(tiny, estimate, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The planner: least time that fits, against trying everything; what it says when nothing fits; the way down."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -101,6 +102,28 @@ def test_heavy_steps_come_last(estimate):
     assert len(set(steps)) == 2
     held = [estimate.steps[name].held.each for name in steps]
     assert held == sorted(held)
+
+
+def test_independent_steps_are_batched_where_starting_ops_is_what_takes_time(estimate):
+    def starts(step, *numbers):
+        forward, backward = (Work(ops={Op("conv", 1, 0, 0): number}) for number in numbers)
+        return replace(step, forward=forward, backward=backward)
+
+    steps = {KEEP: starts(estimate.steps[KEEP], 1000, 1000), RECOMPUTE: starts(estimate.steps[RECOMPUTE], 1000, 2000)}
+    bound = replace(estimate, steps=steps)
+    alone = planner(bound, 99999).choose(7, batch_sizes=[1])
+    assert set(alone.plan.steps) == {KEEP}
+    together = planner(bound, 99999, input_grad=False).choose(7, batch_sizes=[1])
+    assert "7 recompute in batches of 7" in together.describe()
+    less = planner(bound, 5500, input_grad=False).choose(7, batch_sizes=[1])
+    assert less.plan.batched == 4  # two calls, and no more steps in either than it takes
+    assert alone.seconds > less.seconds > together.seconds
+    assert less.peak_bytes <= 5500 * MIB < together.peak_bytes
+
+
+def test_batching_gains_nothing_where_products_are_what_takes_time(estimate):
+    found = planner(estimate, 0, input_grad=False).frontier(6, batch_size=2)
+    assert not any(choice.plan.batched for choice in found)
 
 
 def test_the_batch_with_the_most_samples_per_second(estimate):
