@@ -9,11 +9,8 @@ import torch
 from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks
 from fastcraft.forecast.phases import TREATMENTS
-from fastcraft.memory.cards import CARDS, Card
+from fastcraft.memory.cards import CARDS, Card, cpu_card
 from fastcraft.memory.planner import Planner
-
-CPU_FLOPS, CPU_BANDWIDTH = 1e11, 2e10
-"""FLOP/s and bytes/s of a CPU: rough, only good to rank plans by."""
 
 
 def card_of(device: torch.device) -> Card:
@@ -25,15 +22,7 @@ def card_of(device: torch.device) -> Card:
         found = torch.cuda.get_device_properties(device)
         known = [card for name, card in CARDS.items() if name.partition("-")[0] in found.name.lower()]
         return replace((known or [CARDS["a100-80g"]])[0], name=found.name, memory_bytes=found.total_memory)
-    return Card(
-        name="this CPU",
-        memory_bytes=psutil.virtual_memory().available,
-        matmul_flops=dict.fromkeys(("float32", "bfloat16", "float16"), CPU_FLOPS),
-        bandwidth=CPU_BANDWIDTH,
-        reserved_bytes=0,
-        slack=0.1,
-        efficiency=dict.fromkeys(("conv", "linear", "attention", "other", "bandwidth"), 1.0),
-    )
+    return cpu_card(psutil.virtual_memory().available)
 
 
 def planner_of(

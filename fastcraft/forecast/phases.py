@@ -25,7 +25,7 @@ from fastcraft.forecast.networks import Networks
 from fastcraft.memory.cost import Cost, Line, measure, measure_step, static_bytes
 from fastcraft.memory.estimate import StepEstimate
 from fastcraft.memory.tracker import Work, bytes_of
-from fastcraft.records import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan, TextKV, Trajectory
+from fastcraft.records import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan, TextKV, Trajectory, treatment_ops
 from fastcraft.rewards.mix import WeightedRewards
 
 TREATMENTS = (
@@ -101,7 +101,7 @@ class _Forecast:
             kv_bytes=Line(each=sum(t.nbytes for t in flat)),
             prefix=measure_step(lambda x: step(None, x), latents, weights=weights, backward=False),
             steps={
-                name: measure_step(lambda x, name=name: step(name, x), latents, weights=weights)  # type: ignore[misc]
+                name: _selected(name, measure_step(lambda x, name=name: step(name, x), latents, weights=weights))  # type: ignore[misc]
                 for name in treatments
             },
             heads={
@@ -160,6 +160,16 @@ class _Forecast:
             world_size=world_size,
             max_bucket=_MAX_BUCKET,
         )
+
+
+def _selected(treatment: str, cost: Cost) -> Cost:
+    """With the calls that a selective treatment looks at: those of the forward, and as many when it is run again."""
+    if not treatment_ops(treatment):
+        return cost
+    calls = cost.forward.num_calls
+    return replace(
+        cost, forward=replace(cost.forward, num_selected=calls), backward=replace(cost.backward, num_selected=calls)
+    )
 
 
 def _join(text: Cost, kv: Cost) -> Cost:

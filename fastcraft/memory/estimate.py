@@ -259,7 +259,8 @@ class StepEstimate:
 
         def work(row: Mapping[str, Any]) -> Work:
             ops = {Op(*op): count for *op, count in row["ops"]}
-            return Work(ops=ops, attention=frozenset(row["attention"]), uncounted=frozenset(row["uncounted"]))
+            names = {name: frozenset(row[name]) for name in ("attention", "uncounted")}
+            return Work(**{**row, **names, "ops": ops})
 
         def cost(row: Mapping[str, Any]) -> Cost:
             lines: dict[str, Any] = {name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra")}

@@ -1,6 +1,7 @@
 """The estimate: one rule of counting for real, fake and meta tensors; and a sum of phases that meets the whole step."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks, networks_from_configs
 from fastcraft.forecast.phases import TREATMENTS, estimate_step, hollow, keep_differentiable
 from fastcraft.memory.architectures import MODELS, towers_of
-from fastcraft.memory.cards import CARDS
+from fastcraft.memory.cards import CARDS, SELECTIVE_SECONDS, cpu_card
 from fastcraft.memory.cost import Line, measure_step, static_bytes, work_seconds
 from fastcraft.memory.estimate import StepEstimate
 from fastcraft.memory.tracker import AllocationTracker, Op, Work, bytes_of
@@ -177,6 +178,32 @@ def test_time_is_the_longest_of_product_traffic_and_launch():
     assert product == pytest.approx(2e12 / (312e12 * card.share("conv")))
     traffic = work_seconds(Work(ops={Op("other", 0, 10**9, 10**9): 1}), card, dtype="bfloat16", samples=3)
     assert traffic == pytest.approx(4e9 / (2039e9 * card.share("bandwidth")))
+
+
+def test_the_hosts_time_is_hidden_on_a_card_and_comes_on_top_on_a_cpu():
+    card, cpu = CARDS["a100-80g"], cpu_card(2**30)
+    short = Work(ops={Op("other", 0, 10**9, 0): 10}, num_selected=100)
+    hidden = work_seconds(replace(short, num_selected=0), card, dtype="bfloat16", samples=1)
+    assert work_seconds(short, card, dtype="bfloat16", samples=1) == hidden > 100 * SELECTIVE_SECONDS
+    long = replace(short, num_selected=10**6)
+    host = 10**6 * SELECTIVE_SECONDS
+    assert work_seconds(long, card, dtype="bfloat16", samples=1) == pytest.approx(host + 10 * card.launch_seconds)
+    both = host + 10 * cpu.launch_seconds + 10 * 1e9 / cpu.bandwidth
+    assert work_seconds(long, cpu, dtype="float32", samples=1) == pytest.approx(both)
+
+
+def test_what_computes_nothing_is_no_work(estimate):
+    with AllocationTracker() as tracker:
+        x = torch.empty(10, 10)
+        y = torch.ops.aten._unsafe_view(x, [100])
+        x.new_empty(5)
+    assert tracker.work().ops == {}
+    assert tracker.work().num_calls == 3
+    del y
+    # the tiny UNet's ops, and no question that was only put to fake tensors
+    assert sum(estimate.steps[KEEP].forward.ops.values()) < 300
+    assert estimate.steps["sac:conv"].backward.num_selected == estimate.steps["sac:conv"].forward.num_calls > 100
+    assert estimate.steps[RECOMPUTE].backward.num_selected == 0
 
 
 def test_optimizer_state_is_shared_out_over_the_ranks():
