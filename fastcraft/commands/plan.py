@@ -51,11 +51,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0."""
     _check(args)
     from fastcraft.forecast.cache import cached_estimate
-    from fastcraft.forecast.phases import TREATMENTS
+    from fastcraft.forecast.phases import OFFLOADS, TREATMENTS
     from fastcraft.memory.cards import find_card
     from fastcraft.memory.planner import BATCH_SIZES, Planner
     from fastcraft.memory.policies import plan_maker
-    from fastcraft.records import OFFLOAD
 
     card = find_card(args.device)
     make_plan = None
@@ -65,11 +64,9 @@ def run(args: argparse.Namespace) -> int:
             input_grad=not args.no_input_grad,
         )  # fmt: skip
     named = set(make_plan(args.depth).steps) if make_plan else set()
-    if any(treatment.startswith(OFFLOAD) for treatment in named):
-        raise UserError(f"--policy: offloading is not part of the estimate, got {args.policy!r}")
     estimate = cached_estimate(
         networks(args), guided=args.guidance != 1, world_size=args.world_size,
-        treatments=tuple(sorted({*TREATMENTS, *named})),
+        treatments=tuple(sorted({*TREATMENTS, *OFFLOADS, *named})),
     )  # fmt: skip
     planner = Planner(estimate, card, num_inference_steps=args.steps, input_grad=not args.no_input_grad)
     sizes = [args.batch] if args.batch else list(BATCH_SIZES)
@@ -182,6 +179,7 @@ def _report(planner: "Planner", best: "Choice", rows: list["Choice"], args: argp
         f"plan       batch {best.batch_size}: {best.describe()}",
         f"peak       {_gib(full.peak_bytes)}, at: {full.at}",
         *(f"  {kind:<24}{_gib(size):>12}" for kind, size in full.bytes_by_kind.items() if size),
+        *([f"  {'in host memory':<24}{_gib(full.host_bytes):>12}"] if full.host_bytes else []),
         f"time       {full.seconds:.3f} s per micro-step, {full.samples_per_sec:.2f} samples/s, "
         f"{full.flops / 1e12:.1f} TFLOP",
         *(f"  {phase:<24}{seconds:>10.3f} s" for phase, seconds in full.seconds_by_phase.items()),

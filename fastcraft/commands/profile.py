@@ -78,11 +78,10 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     from fastcraft.assemble import assemble, make_objective, policy_of, run_planner
     from fastcraft.data.order import PromptOrder
     from fastcraft.engine.out_of_memory import is_out_of_memory
+    from fastcraft.forecast.auto import treatments_on
     from fastcraft.forecast.networks import networks_of
-    from fastcraft.forecast.phases import TREATMENTS
     from fastcraft.memory.planner import describe
     from fastcraft.memory.profile import measure_row, time_steps
-    from fastcraft.records import OFFLOAD
 
     first = next(iter(recipes.values()))
     parts = assemble(first, device=device)
@@ -100,11 +99,9 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     rows, steps = [], []
     for (depth, name), recipe in recipes.items():
         make_plan, _ = policy_of(recipe, networks, device)
-        plan, predicted, static = make_plan(depth), None, 0
-        if not any(treatment.startswith(OFFLOAD) for treatment in plan.steps):  # not part of the estimate
-            planner = run_planner(recipe, networks, device, treatments={*TREATMENTS, *plan.steps})
-            predicted = planner.predict(planner.weigh(plan, batch_size=size))
-            static = planner.estimate.static_bytes
+        plan = make_plan(depth)
+        planner = run_planner(recipe, networks, device, treatments={*treatments_on(device), *plan.steps})
+        predicted = planner.predict(planner.weigh(plan, batch_size=size))
         objective, _ = make_objective(recipe, replace(parts, make_plan=make_plan), encode)
 
         def step(objective: Any = objective) -> torch.Tensor:
@@ -118,7 +115,7 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
                 policy=name,
                 plan=describe(plan, batch_size=size),
                 predicted=predicted,
-                static_bytes=static,
+                static_bytes=planner.estimate.static_bytes,
                 weights=weights,
                 device=device,
             )

@@ -18,6 +18,8 @@ FRAGMENTATION = 0.04
 """Share of the allocated peak that the caching allocator holds beyond it, an assumption."""
 LAUNCH_SECONDS = 5e-6
 """Host time of an op launched one by one, and the least that it takes on a card; an assumption."""
+HOST_BYTES = 64 * 2**30
+"""Host memory that each device may pin for what is offloaded, an assumption for a machine that is not there."""
 SELECTIVE_SECONDS = 2.2e-5
 """Host time that every call takes besides under selective checkpointing or offloading, whose bookkeeping is Python:
 measured on a CPU (benchmarks/LOG.md), the shapes UNet under ``sac:attention+conv`` against ``recompute``."""
@@ -40,7 +42,8 @@ class Card:
 
     ``matmul_flops`` maps a dtype's name to the dense rate of matrix products, FLOP/s; ``reserved_bytes`` and
     ``slack`` are what must stay free beyond what tensors take. ``asynchronous``: the host runs ahead, so that its time
-    shows only where it is the longer one.
+    shows only where it is the longer one. ``host_bandwidth`` is that of copies to the host's memory and back, of which
+    ``host_bytes`` may be pinned; 0 = nothing can be moved out of the way.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Card:
     efficiency: Mapping[str, float] | None = None  # None = EFFICIENCY
     launch_seconds: float = LAUNCH_SECONDS
     asynchronous: bool = True
+    host_bandwidth: float = 0.0  # bytes/s in each direction
+    host_bytes: int = 0
 
     @property
     def budget_bytes(self) -> int:
@@ -63,19 +68,22 @@ class Card:
         return (EFFICIENCY if self.efficiency is None else self.efficiency)[kind]
 
 
-def _card(name: str, gib: float, *, bf16: float, fp32: float, bandwidth: float) -> Card:
+def _card(name: str, gib: float, *, bf16: float, fp32: float, bandwidth: float, host: float) -> Card:
     rates = {"bfloat16": bf16 * 1e12, "float16": bf16 * 1e12, "float32": fp32 * 1e12}
-    return Card(name=name, memory_bytes=int(gib * 2**30), matmul_flops=rates, bandwidth=bandwidth * 1e9)
+    return Card(
+        name=name, memory_bytes=int(gib * 2**30), matmul_flops=rates, bandwidth=bandwidth * 1e9,
+        host_bandwidth=host * 1e9, host_bytes=HOST_BYTES,
+    )  # fmt: skip
 
 
 CARDS = {
     card.name: card
-    for card in (  # memory as drivers report it, GiB; dense TFLOP/s; GB/s
-        _card("a100-40g", 39.4, bf16=312, fp32=19.5, bandwidth=1555),
-        _card("a100-80g", 79.1, bf16=312, fp32=19.5, bandwidth=2039),
-        _card("h100", 79.1, bf16=989, fp32=67, bandwidth=3350),
-        _card("h200", 139.7, bf16=989, fp32=67, bandwidth=4800),
-        _card("4090", 23.6, bf16=165, fp32=82.6, bandwidth=1008),
+    for card in (  # memory as drivers report it, GiB; dense TFLOP/s; GB/s; PCIe 4 or 5, 80 % of 31.5 or 63 GB/s
+        _card("a100-40g", 39.4, bf16=312, fp32=19.5, bandwidth=1555, host=25),
+        _card("a100-80g", 79.1, bf16=312, fp32=19.5, bandwidth=2039, host=25),
+        _card("h100", 79.1, bf16=989, fp32=67, bandwidth=3350, host=50),
+        _card("h200", 139.7, bf16=989, fp32=67, bandwidth=4800, host=50),
+        _card("4090", 23.6, bf16=165, fp32=82.6, bandwidth=1008, host=25),
     )
 }
 
@@ -118,5 +126,6 @@ def find_card(name_or_bytes: str) -> Card:
     rates = CARDS["a100-80g"]
     return Card(
         name=f"{size / 2**30:.3g} GiB (rates of an A100)", memory_bytes=size, matmul_flops=rates.matmul_flops,
-        bandwidth=rates.bandwidth, reserved_bytes=0, slack=0.0,
+        bandwidth=rates.bandwidth, reserved_bytes=0, slack=0.0, host_bandwidth=rates.host_bandwidth,
+        host_bytes=rates.host_bytes,
     )  # fmt: skip

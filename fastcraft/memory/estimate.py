@@ -26,7 +26,8 @@ class Prediction:
     """One optimiser step's micro-step: the allocated peak, what it consists of, and the time.
 
     ``at`` says in which phase the peak lies, ``bytes_by_kind`` what it consists of there; ``saved_bytes`` is what the K
-    steps hold when the decode begins. ``seconds_by_phase`` are of a whole micro-step; ``flops`` too.
+    steps hold when the decode begins, ``host_bytes`` what they have in the host's memory then (without what its
+    allocator rounds up). ``seconds_by_phase`` are of a whole micro-step; ``flops`` too.
     """
 
     batch_size: int
@@ -34,6 +35,7 @@ class Prediction:
     at: str
     bytes_by_kind: Mapping[str, int]
     saved_bytes: int
+    host_bytes: int
     seconds_by_phase: Mapping[str, float]
     flops: int
 
@@ -119,7 +121,7 @@ class StepEstimate:
         seconds, flops = self._time(plan, regions, batch_size, num_inference_steps - len(plan.steps), card)
         return Prediction(
             batch_size=batch_size, peak_bytes=peak_bytes, at=at, bytes_by_kind=kinds,
-            saved_bytes=sum(held for held, _ in saved),
+            saved_bytes=sum(held for held, _ in saved), host_bytes=self.host_bytes(plan, batch_size),
             seconds_by_phase=seconds, flops=flops,
         )  # fmt: skip
 
@@ -161,6 +163,10 @@ class StepEstimate:
         saved = self._saved(regions, batch_size, input_grad)
         highest = max(sum(moment[1:]) for moment in self._chain_moments(regions, saved, batch_size))
         return highest, sum(held for held, _ in saved)
+
+    def host_bytes(self, plan: CheckpointPlan, batch: int) -> int:
+        """Bytes that the steps have in the host's memory when the decode begins."""
+        return sum(cost.host.at(batch) for _, cost in self.regions(plan))
 
     def _segment(self, length: int) -> Cost:
         """``length`` steps that keep everything, run again together: in backward all of them are held at once."""
@@ -247,7 +253,7 @@ class StepEstimate:
         """Plain values; `from_json` gives it back."""
         rows = asdict(self)
         for cost in (rows["text"], rows["prefix"], *rows["steps"].values(), *rows["heads"].values()):
-            for name in ("forward", "backward"):
+            for name in ("forward", "again", "backward"):
                 work = cost[name]
                 work["ops"] = [[*op, count] for op, count in work["ops"].items()]
                 work["attention"], work["uncounted"] = sorted(work["attention"]), sorted(work["uncounted"])
@@ -263,10 +269,13 @@ class StepEstimate:
             return Work(**{**row, **names, "ops": ops})
 
         def cost(row: Mapping[str, Any]) -> Cost:
-            lines: dict[str, Any] = {name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra")}
+            lines: dict[str, Any] = {
+                name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra", "host")
+            }
             for name in ("first_held", "first_extra"):
                 lines[name] = None if row[name] is None else Line(**row[name])
-            return Cost(**lines, forward=work(row["forward"]), backward=work(row["backward"]))
+            works: dict[str, Any] = {name: work(row[name]) for name in ("forward", "again", "backward")}
+            return Cost(**lines, **works)
 
         costs: dict[str, Any] = {name: cost(rows[name]) for name in ("text", "prefix")}
         for group in ("steps", "heads"):

@@ -166,15 +166,23 @@ class Planner:
     def _mixtures(self, depth: int, batch: int) -> Iterator[tuple[CheckpointPlan, int, int, float]]:
         """(plan, peak outside the decode, bytes saved, seconds of its steps) of pairs of treatments."""
         chain = _Chain(self.estimate, batch, first_only=not self.input_grad)
-        names = sorted(self.estimate.steps, key=chain.held)
+        names = sorted(self._available(batch), key=chain.held)
         seconds = {name: self._seconds(self.estimate.steps[name], batch) for name in names}
+        host = {name: self.estimate.steps[name].host.at(batch) for name in names}
         for i, light in enumerate(names):
             for heavy in names[i:]:
                 for count in range(1, depth) if light != heavy else (depth,):
+                    if count * host[light] + (depth - count) * host[heavy] > self.card.host_bytes:
+                        continue
                     steps = (light,) * count + (heavy,) * (depth - count)
                     peak, saved = chain.peak(steps)
                     time = count * seconds[light] + (depth - count) * seconds[heavy]
                     yield CheckpointPlan(steps=steps), peak, saved, time
+
+    def _available(self, batch: int) -> list[str]:
+        """Treatments that the card can carry out."""
+        steps = self.estimate.steps
+        return [name for name, cost in steps.items() if not cost.host.at(batch) or self.card.host_bandwidth]
 
     def _batches(self, depth: int, batch: int) -> Iterator[tuple[CheckpointPlan, int, int, float]]:
         """The same of steps in batches; of sizes that give the same number of batches the smallest."""

@@ -42,19 +42,16 @@ class Row:
     """Highest point, by CUDA's allocator."""
     resident_peak_mib: float | None
     """Highest resident set, on a CPU."""
-    predicted_peak_mib: float | None
-    """None: the policy is not part of the estimate (offload)."""
-    predicted_static_mib: float | None = None
+    predicted_peak_mib: float
+    predicted_static_mib: float = 0.0
     """What the prediction counts besides, weights and optimiser: ``memory.budget_gib`` is for both together."""
     seconds: float = math.nan
     """Median of a micro-step, forward and backward; on a CPU processor time, which other work does not lengthen."""
-    predicted_seconds: float | None = None
+    predicted_seconds: float = math.nan
 
     @property
-    def error(self) -> float | None:
+    def error(self) -> float:
         """Relative error of the predicted peak, against the allocator where there is one."""
-        if self.predicted_peak_mib is None:
-            return None
         return self.predicted_peak_mib / (self.allocator_peak_mib or self.peak_mib) - 1
 
 
@@ -64,7 +61,7 @@ def measure_row(
     depth: int,
     policy: str,
     plan: str,
-    predicted: Prediction | None,
+    predicted: Prediction,
     static_bytes: int,
     weights: Iterable[Tensor],
     device: torch.device,
@@ -76,7 +73,7 @@ def measure_row(
         depth: K.
         policy: as named.
         plan: for people.
-        predicted: of the same setting; None = there is none.
+        predicted: of the same setting.
         static_bytes: the part of the prediction that is there all the time.
         weights: tensors that are there before; those that require gradient are the trained ones.
         device: where it runs.
@@ -92,9 +89,8 @@ def measure_row(
     return Row(
         depth=depth, policy=policy, plan=plan, held_mib=held / 2**20, peak_mib=tracker.peak / 2**20,
         allocator_peak_mib=allocator, resident_peak_mib=resident,
-        predicted_peak_mib=None if predicted is None else (predicted.peak_bytes - static_bytes) / 2**20,
-        predicted_static_mib=None if predicted is None else static_bytes / 2**20,
-        predicted_seconds=None if predicted is None else predicted.seconds,
+        predicted_peak_mib=(predicted.peak_bytes - static_bytes) / 2**20,
+        predicted_static_mib=static_bytes / 2**20, predicted_seconds=predicted.seconds,
     )  # fmt: skip
 
 
@@ -178,10 +174,9 @@ def table(rows: Sequence[Row]) -> str:
         f"{peak:>11}{'s/step':>9}  plan"
     ]
     for row in rows:
-        error = "-" if row.error is None else f"{row.error:.1%}"
         lines.append(
             f"{row.depth:>6}  {row.policy:<20}{row.held_mib:>10.1f}{row.peak_mib:>10.1f}"
-            f"{_shown(row.predicted_peak_mib):>11}{error:>8}"
+            f"{row.predicted_peak_mib:>11.1f}{row.error:>8.1%}"
             f"{_shown(row.allocator_peak_mib or row.resident_peak_mib):>11}{row.seconds:>9.2f}  {row.plan}"
         )
     return "\n".join(lines)

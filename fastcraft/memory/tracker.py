@@ -37,12 +37,13 @@ class Work:
 
     ``attention`` names every attention op that ran; ``uncounted`` the fastcraft ops without a FLOP formula.
     ``num_calls`` are all that went through the dispatcher, views too; ``num_selected`` those of them that selective
-    checkpointing looked at.
+    checkpointing looked at. ``copied_bytes`` cross to the host or back meanwhile, for one sample.
     """
 
     ops: Mapping[Op, int]
     num_calls: int = 0
     num_selected: int = 0
+    copied_bytes: int = 0
     attention: frozenset[str] = frozenset()
     uncounted: frozenset[str] = frozenset()
 

@@ -38,6 +38,14 @@ def test_another_policy_is_predicted_as_it_is(tiny_pipeline, capsys):
     assert "batch 2: 4 keep in segments of 2; decode recompute, 2 at once" in capsys.readouterr().out
 
 
+def test_offloading_says_what_lies_on_the_host(tiny_pipeline, tmp_path, capsys):
+    options = ["--device", "4090", "--depth", "4", "--batch", "2", "--json", str(tmp_path / "plan.json")]
+    assert plan(tiny_pipeline, *options, "--policy", "offload:attention+conv") == 0
+    assert "in host memory" in capsys.readouterr().out
+    prediction = json.loads((tmp_path / "plan.json").read_text())["best"]["prediction"]
+    assert prediction["host_bytes"] > 10 * prediction["saved_bytes"]
+
+
 def test_steps_in_batches_are_predicted_for_a_stop_gradient(tiny_pipeline, capsys):
     options = ["--device", "h200", "--depth", "4", "--batch", "2", "--no-input-grad"]
     assert plan(tiny_pipeline, *options, "--policy", "batched:3") == 0

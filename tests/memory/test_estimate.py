@@ -2,18 +2,24 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from fastcraft.diffusion.components import load_components
 from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
-from fastcraft.diffusion.text_kv import use_text_kv
+from fastcraft.diffusion.text_kv import project_text, use_text_kv
+from fastcraft.diffusion.treatments import is_one_of
+from fastcraft.diffusion.unroll import predict_noise
 from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks, networks_from_configs
-from fastcraft.forecast.phases import TREATMENTS, estimate_step, hollow, keep_differentiable
+from fastcraft.forecast.phases import OFFLOADS, TREATMENTS, estimate_step, hollow, keep_differentiable
 from fastcraft.memory.architectures import MODELS, towers_of
 from fastcraft.memory.cards import CARDS, SELECTIVE_SECONDS, cpu_card
 from fastcraft.memory.cost import Line, measure_step, static_bytes, work_seconds
@@ -68,7 +74,7 @@ def tiny(tiny_pipeline):
 
 @pytest.fixture(scope="module")
 def estimate(tiny):
-    return estimate_step(tiny[0], guided=True, on_cpu=True)
+    return estimate_step(tiny[0], guided=True, on_cpu=True, treatments=(*TREATMENTS, *OFFLOADS))
 
 
 def true_peak(tiny, plan, batch_size, **settings):
@@ -112,6 +118,39 @@ def test_steps_in_batches_take_what_is_predicted_whatever_their_number(tiny, est
     assert 0 < peaks[1] - peaks[0] <= 2 * 5 * latent  # a step more takes its input and nothing else
 
 
+def test_what_is_offloaded_is_what_lies_on_the_host(tiny, estimate):
+    """Counted on real tensors; the copies stay on the CPU here."""
+    unet = tiny[0].unet
+    with torch.no_grad():
+        kv = project_text(unet, torch.randn(1, 77, 32), torch.randn(1, 77, 32))
+    kv = kv.unflatten([tensor.requires_grad_() for tensor in kv.flat()])
+    for ops in (("attention", "conv"), ("attention",)):
+        contexts = offload_contexts(partial(is_one_of, ops))
+        checkpoint(
+            lambda x: predict_noise(unet, x, torch.tensor(9), kv, guidance_scale=2.0), torch.randn(1, 4, 8, 8),
+            use_reentrant=False, context_fn=lambda contexts=contexts: contexts,
+        )  # fmt: skip
+        kept = tree_leaves([out for _, out in contexts[0].kept])
+        cost = estimate.steps["offload:" + "+".join(ops)]
+        assert cost.host.each == pytest.approx(sum(copy.host.nbytes for copy in kept if copy is not None), rel=0.01)
+        assert cost.held == estimate.steps[RECOMPUTE].held
+
+
+def test_offloaded_steps_wait_for_the_host_and_not_for_each_others_memory(estimate):
+    sac, moved = estimate.steps["sac:attention+conv"], estimate.steps["offload:attention+conv"]
+    assert moved.flops == pytest.approx(sac.flops, rel=1e-3)
+    peaks, slow = [], replace(CARDS["h200"], host_bandwidth=1e6)
+    for depth in (3, 8):
+        plan = CheckpointPlan(steps=("offload:attention+conv",) * depth, decode=KEEP)
+        options = {"batch_size": 2, "num_inference_steps": depth}
+        near, far = (estimate.predict(plan, card=card, **options) for card in (CARDS["h200"], slow))
+        assert near.host_bytes == 2 * depth * moved.host.each
+        there_and_back = 2 * near.host_bytes / slow.host_bandwidth
+        assert far.seconds_by_phase["steps with gradient"] >= there_and_back > near.seconds
+        peaks.append(near.peak_bytes)
+    assert peaks[1] - peaks[0] == 5 * 2 * 4 * 4 * 8 * 8  # a latent for each step
+
+
 def test_an_estimate_survives_json_and_is_made_once(tiny, estimate, tmp_path, monkeypatch):
     assert StepEstimate.from_json(json.loads(json.dumps(estimate.to_json()))) == estimate
     calls = []
@@ -138,7 +177,7 @@ def test_estimating_leaves_the_networks_alone(tiny, estimate):
 def test_unknown_treatments_are_refused(estimate):
     with pytest.raises(ValueError, match="must use treatments that were estimated, got"):
         estimate.predict(
-            CheckpointPlan(steps=("offload:conv",)), batch_size=1, num_inference_steps=2, card=CARDS["h200"]
+            CheckpointPlan(steps=("offload:linear",)), batch_size=1, num_inference_steps=2, card=CARDS["h200"]
         )
 
 

@@ -27,7 +27,14 @@ def row(depth=1, policy="none", **changes):
 
 def prediction(peak):
     return Prediction(
-        batch_size=1, peak_bytes=peak, at="", bytes_by_kind={}, saved_bytes=0, seconds_by_phase={"all": 1.0}, flops=0
+        batch_size=1,
+        peak_bytes=peak,
+        at="",
+        bytes_by_kind={},
+        saved_bytes=0,
+        host_bytes=0,
+        seconds_by_phase={"all": 1.0},
+        flops=0,
     )
 
 
@@ -127,10 +134,10 @@ def test_the_command_measures_every_setting(recipe, tmp_path, capsys):
     assert (out / "memory_by_depth.png").is_file()
 
 
-def test_fifty_steps_in_the_memory_of_one(recipe, tmp_path):
-    """Real runs: where the budget is what one step takes that keeps everything, fifty take no more."""
+def test_all_steps_in_the_memory_of_one(recipe, tmp_path):
+    """Real runs: where the budget is what one step takes that keeps everything, T = 25 take no more."""
     options = ["--recipe", str(recipe), "--repeats", "1", "--out", str(tmp_path), "--set", "train.batch_size=1"]
-    options += ["--set", "sampler.num_inference_steps=50"]
+    options += ["--set", "sampler.num_inference_steps=25"]
 
     def rows(*more):
         assert main(["profile", *options, *more]) == 0
@@ -138,11 +145,11 @@ def test_fifty_steps_in_the_memory_of_one(recipe, tmp_path):
 
     (one,) = rows("--depths", "1", "--policies", "none")
     budget = (one["predicted_peak_mib"] + one["predicted_static_mib"]) / 2**10
-    shallow, deep = rows("--depths", "1,50", "--policies", "auto", "--set", f"memory.budget_gib={budget}")
+    shallow, deep = rows("--depths", "1,25", "--policies", "auto", "--set", f"memory.budget_gib={budget}")
     assert shallow["plan"].startswith("1 keep")
     assert "recompute" in deep["plan"].partition(";")[0]
-    assert shallow["peak_mib"] == pytest.approx(one["peak_mib"], rel=0.01)
     for name in ("held_mib", "peak_mib"):
+        assert shallow[name] == pytest.approx(one[name], rel=0.01), name
         assert deep[name] <= 1.1 * shallow[name], name
 
 
