@@ -23,7 +23,6 @@ from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
 from fastcraft.forecast.auto import planner_of
 from fastcraft.forecast.networks import Networks, networks_of
-from fastcraft.forecast.phases import TREATMENTS
 from fastcraft.memory.planner import AutoPlan, Planner
 from fastcraft.memory.policies import plan_maker
 from fastcraft.objectives import OBJECTIVES
@@ -142,10 +141,8 @@ def _specs(rewards: Sequence[RewardConfig]) -> list[RewardSpec]:
     return [RewardSpec(entry.name, entry.weight, entry.path, entry.options, entry.label) for entry in rewards]
 
 
-def run_planner(
-    recipe: Recipe, networks: Networks, device: torch.device, *, treatments: Iterable[str] = TREATMENTS
-) -> Planner:
-    """A planner for a recipe's run on a device; ``treatments`` are what it can weigh."""
+def run_planner(recipe: Recipe, networks: Networks, device: torch.device, *, treatments: Iterable[str] = ()) -> Planner:
+    """A planner for a recipe's run on a device; ``treatments`` are what it can weigh, none = all there are."""
     return planner_of(
         networks,
         device=device,
@@ -179,8 +176,9 @@ def policy_of(
         auto.choose(depth)
         return auto.plan, auto
     make = plan_maker(
-        memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type
-    )
+        memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type,
+        input_grad=recipe.objective.input_grad,
+    )  # fmt: skip
     return make, None
 
 

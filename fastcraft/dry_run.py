@@ -3,10 +3,10 @@
 from fastcraft.assemble import Parts, run_planner
 from fastcraft.config import dump_recipe
 from fastcraft.forecast.networks import networks_of
-from fastcraft.forecast.phases import TREATMENTS
 from fastcraft.memory.cost import parameter_counts
+from fastcraft.memory.planner import describe as describe_plan
 from fastcraft.recipe import Recipe
-from fastcraft.records import KEEP, OFFLOAD, RECOMPUTE
+from fastcraft.records import KEEP, RECOMPUTE
 
 
 def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
@@ -19,16 +19,14 @@ def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
     lines = [
         dump_recipe(recipe).rstrip(),
         "",
-        f"plan        {recipe.memory.policy}: {depth} steps with gradient: {', '.join(plan.steps)}; "
-        f"decode: {plan.decode}",
+        f"plan        {recipe.memory.policy}: {depth} steps with gradient: "
+        f"{describe_plan(plan, batch_size=train.batch_size)}",
         f"parameters  {trainable:,} trainable, {frozen:,} frozen",
         f"prompts     {parts.prompts_summary}",
         f"per step    {samples} samples on each of {world_size} rank{'s' if world_size > 1 else ''}",
     ]
-    if any(name.startswith(OFFLOAD) for name in plan.steps):
-        return "\n".join([*lines, "predicted   nothing: offloading is not part of the estimate"])
     networks = networks_of(parts.components, parts.trained, parts.rewards, name=recipe.model.path)
-    needed = TREATMENTS if parts.auto else {KEEP, RECOMPUTE, *plan.steps}
+    needed = () if parts.auto else {KEEP, RECOMPUTE, *plan.steps}
     planner = run_planner(recipe, networks, model.device, treatments=needed)
     full = planner.predict(planner.weigh(plan, batch_size=train.batch_size))
     phases = ", ".join(f"{name} {seconds / full.seconds:.0%}" for name, seconds in full.seconds_by_phase.items())

@@ -108,8 +108,9 @@ class RewardConfig:
 class MemoryConfig:
     policy: str = "step"
     """What the K steps keep for backward. none; step; step+block; sac:OPS, offload:OPS (OPS: attention, conv, linear,
-    norm, fastcraft or a fused op, joined by +); segment:k; last_k_live:k; plan:3*recompute,2*keep (one per step); auto:
-    the fastest that is predicted to fit, and after an out-of-memory error the next one."""
+    norm, fastcraft or a fused op, joined by +); segment:k; last_k_live:k; batched:n (n steps recomputed in one call,
+    with objective.input_grad = false); plan:3*recompute,2*keep (one per step); auto: the fastest that is predicted to
+    fit, and after an out-of-memory error the next one."""
     budget_gib: float = 0.0
     """With auto: what tensors may take at the peak, GiB; 0 = what the device has."""
     decode_micro_batch: int = 0

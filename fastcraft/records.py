@@ -72,6 +72,19 @@ class TextKV:
         layers = dict(zip(self.layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
         return TextKV(layers=layers, sums=self.sums if with_sums else {})
 
+    def repeat(self, times: int, *, num_samples: int) -> "TextKV":
+        """For a batch of ``num_samples`` that is stacked ``times`` over: every branch's rows, as often in turn.
+
+        A row that the unconditional samples share stays one. There are no ``sums``: these rows are copies.
+        """
+
+        def rows(tensor: Tensor) -> Tensor:
+            shared, own = tensor.split([len(tensor) % num_samples, len(tensor) // num_samples * num_samples])
+            branches = own.unflatten(0, (-1, 1, num_samples)).expand(-1, times, -1, -1, -1)
+            return torch.cat([shared, branches.flatten(0, 2)])
+
+        return TextKV(layers={name: (rows(key), rows(value)) for name, (key, value) in self.layers.items()})
+
     def detach(self) -> "TextKV":
         """The same numbers, cut off from the text encoder."""
         return TextKV(layers={name: (key.detach(), value.detach()) for name, (key, value) in self.layers.items()})
@@ -119,18 +132,25 @@ class CheckpointPlan:
     """What is kept and what is recomputed, per step with gradient (in order) and for the decode.
 
     ``segments``: lengths of runs of steps that are recomputed together, in order and covering all of them; empty = each
-    step stands alone. ``decode_micro_batch`` below the batch size also makes the head (decode and rewards) go backward
-    part by part before the steps do.
+    step stands alone. ``batched``: steps that backward recomputes in one call of the UNet, for a `Trajectory` without
+    ``input_grad``, whose steps do not wait for each other; 0 = one after the other. ``decode_micro_batch`` below the
+    batch size also makes the head (decode and rewards) go backward part by part before the steps do.
     """
 
     steps: tuple[str, ...]
     decode: str = RECOMPUTE
     decode_micro_batch: int = 0  # images decoded at once; 0 = the whole batch
     segments: tuple[int, ...] = ()
+    batched: int = 0
 
     def __post_init__(self) -> None:
         for treatment in {*self.steps, self.decode}:
             check_treatment(treatment)
+        if self.batched < 0 or (self.batched and (self.segments or {*self.steps} - {RECOMPUTE})):
+            raise ValueError(
+                f"CheckpointPlan: batched must be 0, or at least 1 with every step {RECOMPUTE!r} and no segments, got "
+                f"{self.batched} with {sorted(set(self.steps))}, segments {self.segments}"
+            )
         if not self.segments:
             return
         if min(self.segments) < 1 or sum(self.segments) != len(self.steps):

@@ -269,7 +269,7 @@ def test_a_signal_between_denoising_steps_saves_the_completed_step(recipe, tmp_p
 def test_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
     assert run(recipe, tmp_path / "run", "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "2 steps with gradient: recompute, recompute" in printed
+    assert "2 steps with gradient: 2 recompute; decode recompute" in printed
     assert "trainable" in printed
     assert "GFLOP" in printed
     assert "backprop_steps = 2" in printed

@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="published rewards, or folders of a CLIP model, joined by commas (default: %(default)s)",
     )  # fmt: skip
     add("--world-size", type=int, default=1, metavar="N", help="ranks of ZeRO-2 (default: 1)")
+    add(
+        "--no-input-grad",
+        action="store_true",
+        help="a stop-gradient on the UNet's latents: objective.input_grad = false",
+    )
     add("--policy", default="auto", metavar="POLICY", help="predict this memory.policy instead of planning")
     add("--json", type=Path, metavar="FILE", help="write everything there too")
 
@@ -46,24 +51,24 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0."""
     _check(args)
     from fastcraft.forecast.cache import cached_estimate
-    from fastcraft.forecast.phases import TREATMENTS
+    from fastcraft.forecast.phases import OFFLOADS, TREATMENTS
     from fastcraft.memory.cards import find_card
     from fastcraft.memory.planner import BATCH_SIZES, Planner
     from fastcraft.memory.policies import plan_maker
-    from fastcraft.records import OFFLOAD
 
     card = find_card(args.device)
     make_plan = None
     if args.policy != "auto":
-        make_plan = plan_maker(args.policy, backprop_steps=args.depth, decode_micro_batch=0, device_type="cuda")
+        make_plan = plan_maker(
+            args.policy, backprop_steps=args.depth, decode_micro_batch=0, device_type="cuda",
+            input_grad=not args.no_input_grad,
+        )  # fmt: skip
     named = set(make_plan(args.depth).steps) if make_plan else set()
-    if any(treatment.startswith(OFFLOAD) for treatment in named):
-        raise UserError(f"--policy: offloading is not part of the estimate, got {args.policy!r}")
     estimate = cached_estimate(
         networks(args), guided=args.guidance != 1, world_size=args.world_size,
-        treatments=tuple(sorted({*TREATMENTS, *named})),
+        treatments=tuple(sorted({*TREATMENTS, *OFFLOADS, *named})),
     )  # fmt: skip
-    planner = Planner(estimate, card, num_inference_steps=args.steps)
+    planner = Planner(estimate, card, num_inference_steps=args.steps, input_grad=not args.no_input_grad)
     sizes = [args.batch] if args.batch else list(BATCH_SIZES)
     rows = _rows(planner, make_plan, args, sizes)
     best = max((row for row in rows if row.peak_bytes <= planner.budget_bytes), key=lambda row: row.samples_per_sec)
@@ -174,6 +179,7 @@ def _report(planner: "Planner", best: "Choice", rows: list["Choice"], args: argp
         f"plan       batch {best.batch_size}: {best.describe()}",
         f"peak       {_gib(full.peak_bytes)}, at: {full.at}",
         *(f"  {kind:<24}{_gib(size):>12}" for kind, size in full.bytes_by_kind.items() if size),
+        *([f"  {'in host memory':<24}{_gib(full.host_bytes):>12}"] if full.host_bytes else []),
         f"time       {full.seconds:.3f} s per micro-step, {full.samples_per_sec:.2f} samples/s, "
         f"{full.flops / 1e12:.1f} TFLOP",
         *(f"  {phase:<24}{seconds:>10.3f} s" for phase, seconds in full.seconds_by_phase.items()),

@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE",
         help="change one value of the recipe; repeatable",
     )  # fmt: skip
-    add("--repeats", type=int, default=3, metavar="N", help="timed runs of each setting (default: 3)")
-    add("--out", type=Path, metavar="DIR", help="write memory_by_depth.csv, .json and .png there")
+    add("--repeats", type=int, default=3, metavar="N", help="timed rounds over all settings (default: 3)")
+    add("--out", type=Path, metavar="DIR", help="write NAME.csv, .json and .png there")
+    add("--name", default="memory_by_depth", help="of these files (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     rows = measure(recipes, device=device, repeats=args.repeats)
     print(table(rows))
     if args.out:
-        write(rows, args.out, recipe=next(iter(recipes.values())), device=device, command=_command(args))
+        write(rows, args.out / args.name, recipe=next(iter(recipes.values())), device=device, command=_command(args))
     return 0
 
 
@@ -70,18 +71,17 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     Args:
         recipes: alike but for depth and policy.
         device: where to run.
-        repeats: timed runs of each.
+        repeats: timed rounds over all of them.
     """
     import torch
 
     from fastcraft.assemble import assemble, make_objective, policy_of, run_planner
     from fastcraft.data.order import PromptOrder
     from fastcraft.engine.out_of_memory import is_out_of_memory
+    from fastcraft.forecast.auto import treatments_on
     from fastcraft.forecast.networks import networks_of
-    from fastcraft.forecast.phases import TREATMENTS
     from fastcraft.memory.planner import describe
-    from fastcraft.memory.profile import measure_row
-    from fastcraft.records import OFFLOAD
+    from fastcraft.memory.profile import measure_row, time_steps
 
     first = next(iter(recipes.values()))
     parts = assemble(first, device=device)
@@ -96,14 +96,12 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as the engine does
             return parts.trained(ids)
 
-    rows = []
+    rows, steps = [], []
     for (depth, name), recipe in recipes.items():
         make_plan, _ = policy_of(recipe, networks, device)
-        plan, predicted, static = make_plan(depth), None, 0
-        if not any(treatment.startswith(OFFLOAD) for treatment in plan.steps):  # not part of the estimate
-            planner = run_planner(recipe, networks, device, treatments={*TREATMENTS, *plan.steps})
-            predicted = planner.predict(planner.weigh(plan, batch_size=size))
-            static = planner.estimate.static_bytes
+        plan = make_plan(depth)
+        planner = run_planner(recipe, networks, device, treatments={*treatments_on(device), *plan.steps})
+        predicted = planner.predict(planner.weigh(plan, batch_size=size))
         objective, _ = make_objective(recipe, replace(parts, make_plan=make_plan), encode)
 
         def step(objective: Any = objective) -> torch.Tensor:
@@ -117,10 +115,9 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
                 policy=name,
                 plan=describe(plan, batch_size=size),
                 predicted=predicted,
-                static_bytes=static,
+                static_bytes=planner.estimate.static_bytes,
                 weights=weights,
                 device=device,
-                repeats=repeats,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -128,21 +125,23 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
             print(f"depth {depth}, {name}: does not fit in memory here")
             continue
         rows.append(row)
-    return rows
+        steps.append(step)
+    timed = time_steps(steps, weights=weights, device=device, repeats=repeats)
+    return [replace(row, seconds=seconds) for row, seconds in zip(rows, timed, strict=True)]
 
 
-def write(rows: "list[Row]", folder: Path, *, recipe: "Recipe", device: "torch.device", command: str) -> None:
-    """``memory_by_depth`` as .csv, .json (with machine, versions and command) and .png in ``folder``."""
+def write(rows: "list[Row]", stem: Path, *, recipe: "Recipe", device: "torch.device", command: str) -> None:
+    """``stem`` with .csv, .json (with machine, versions and command) and .png."""
     from fastcraft.evaluation.environment import environment
     from fastcraft.memory.plot import plot
     from fastcraft.memory.profile import as_csv
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory_by_depth.csv").write_text(as_csv(rows), encoding="utf-8")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".csv").write_text(as_csv(rows), encoding="utf-8")
     result = {"command": command, "environment": environment(), "rows": [asdict(row) for row in rows]}
-    (folder / "memory_by_depth.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     title = f"{Path(recipe.model.path).name}, batch {recipe.train.batch_size}, {recipe.train.dtype}, {device.type}"
-    plot(rows, folder / "memory_by_depth.png", title=title)
+    plot(rows, stem.with_suffix(".png"), title=title)
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,17 +1,18 @@
 """What a treatment of a `CheckpointPlan` means for one call: the only file that checkpoints.
 
 Every treatment gives the same gradient to the last bit where the ops are deterministic: autograd's graph is the same,
-only the tensors that it saved are made again. Random numbers are drawn outside and passed in, so their state is not
-kept (an explicit generator would not be restored either).
+only the tensors that it saved are made again; `BatchedSteps` of several at a time gives it to rounding. Random numbers
+are drawn outside and passed in, so their state is not kept (an explicit generator would not be restored either).
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastcraft.diffusion.offload import offload_contexts
@@ -50,6 +51,68 @@ def carry_out(treatment: str, call: Callable[..., Any], *args: Any, module: nn.M
 def recompute(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``call(*args)``, run again in backward."""
     return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+class BatchedSteps:
+    """Independent steps, run again by backward several at a time, in one call of the network.
+
+    Under a stop-gradient on the network's input (DRTune, arXiv:2405.00760, Sec. 3) the gradient at every prediction
+    follows from that of the final latents by the sampler's arithmetic alone. So a step keeps its input for backward,
+    and then the gradient at its prediction, until ``size`` steps have theirs: memory does not grow with the number of
+    steps, and the network sees ``size`` times the batch.
+
+    Args:
+        size: steps of one call; the steps left over at the beginning of the chain are one more.
+        num_steps: how many times `run` will be called; each goes backward once.
+    """
+
+    def __init__(self, size: int, *, num_steps: int) -> None:
+        self.size, self.left = size, num_steps
+        self.waiting: list[tuple[int, Tensor, Tensor]] = []  # (index, inputs, gradient), the last step first
+
+    def run(self, call: Callable[..., Tensor], index: int, inputs: Tensor, *args: Tensor) -> Tensor:
+        """``call([index], inputs, *args)``, whose gradient goes to ``args`` alone.
+
+        Args:
+            call: (step indices, their inputs one below the other, ``*args``) to outputs one below the other.
+            index: of the step.
+            inputs: ``(B, ...)``; saved for backward, with ``args``.
+            args: the same for all steps.
+        """
+        return _Batched.apply(self, call, index, inputs, *args)
+
+    def arrived(
+        self, call: Callable[..., Tensor], index: int, gradient: Tensor, inputs: Tensor, args: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of ``args`` by all steps that waited, once there are enough of them; before, nothing."""
+        self.waiting.append((index, inputs, gradient))
+        self.left -= 1
+        if len(self.waiting) < self.size and self.left:
+            return [None] * len(args)
+        indices, stacked, gradients = zip(*self.waiting, strict=True)
+        self.waiting = []
+        with torch.enable_grad():
+            leaves = [arg.detach().requires_grad_() for arg in args]
+            outputs = call(indices, torch.cat(stacked), *leaves)
+        return torch.autograd.grad(outputs, leaves, torch.cat(gradients))
+
+
+class _Batched(torch.autograd.Function):
+    """One step of `BatchedSteps`; saves its inputs and ``args``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, steps: BatchedSteps, call: Callable[..., Tensor], index: int, inputs: Tensor, *args: Tensor
+    ) -> Tensor:
+        ctx.steps, ctx.call, ctx.index = steps, call, index
+        ctx.save_for_backward(inputs, *args)
+        return call([index], inputs, *args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        inputs, *args = ctx.saved_tensors
+        return (None, None, None, None, *ctx.steps.arrived(ctx.call, ctx.index, gradient, inputs, args))
 
 
 def is_one_of(kinds: tuple[str, ...], op: Any) -> bool:

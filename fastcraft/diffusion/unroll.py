@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcraft.diffusion.treatments import carry_out
+from fastcraft.diffusion.treatments import BatchedSteps, carry_out
 from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, TextKV, Trajectory
 
 
@@ -24,7 +24,7 @@ def predict_noise(
     Args:
         unet: prepared by `use_text_kv`.
         latents: ``(B, C, H, W)`` float32.
-        timestep: ``()`` int64 on the UNet's device.
+        timestep: ``()``, or ``(B,)`` of one's own for each row, int64 on the UNet's device.
         text_kv: for B samples; if ``guided`` for 2B, unconditional first.
         guided: whether there are unconditional rows.
 
@@ -32,6 +32,8 @@ def predict_noise(
         ``(B, C, H, W)`` or, if ``guided``, ``(2B, C, H, W)``; dtype of the UNet.
     """
     inputs = torch.cat([latents, latents]) if guided else latents
+    if guided and timestep.ndim:
+        timestep = torch.cat([timestep, timestep])
     output: Tensor = unet(
         inputs.to(unet.dtype),
         timestep,
@@ -80,10 +82,13 @@ def denoise(
     """
     if len(plan.steps) != len(trajectory.grad_steps):
         raise ValueError(f"denoise: plan has {len(plan.steps)} steps, trajectory {len(trajectory.grad_steps)}")
+    if plan.batched and trajectory.input_grad:
+        raise ValueError(f"denoise: plan.batched needs a trajectory with input_grad = False, got {plan.batched}")
     chain = _Chain(
         unet=unet, sampler=sampler, guidance_scale=guidance_scale, trajectory=trajectory, noises=noises,
         treatments=dict(zip(trajectory.grad_steps, plan.steps, strict=True)),
         timesteps=torch.tensor(sampler.timesteps, device=latents.device),
+        batches=BatchedSteps(plan.batched, num_steps=len(plan.steps)) if plan.batched else None,
     )  # fmt: skip
     first = min(trajectory.grad_steps, default=trajectory.num_steps)
     if start < first:
@@ -125,6 +130,7 @@ class _Chain:
     noises: Sequence[Tensor] | None
     treatments: Mapping[int, str]
     timesteps: Tensor
+    batches: BatchedSteps | None
 
     def run(self, steps: range, latents: Tensor, text_kv: TextKV, *, recomputed: bool) -> Tensor:
         """Several steps, run again in backward as a whole if ``recomputed``."""
@@ -141,21 +147,34 @@ class _Chain:
         """The latents after step ``index``, or the x0 estimate where the run ends with one."""
         trajectory = self.trajectory
 
-        def predict(latents: Tensor, *flat: Tensor) -> Tensor:
-            kv = text_kv.unflatten(flat, with_sums=True)
-            return predict_noise(self.unet, latents, self.timesteps[index], kv, guided=self.guidance_scale != 1)
+        def predict(indices: Sequence[int], latents: Tensor, *flat: Tensor) -> Tensor:
+            kv = text_kv.unflatten(flat, with_sums=self.batches is None)  # a batch goes backward on copies
+            return self._predict(indices, latents, kv)
 
         inputs = latents if trajectory.input_grad else latents.detach()
-        if index in self.treatments:
-            output = carry_out(self.treatments[index], predict, inputs, *text_kv.flat(), module=self.unet)
-            output = self._stop_gradients(index, output)
-        else:
+        if index not in self.treatments:
             with torch.no_grad():
-                output = predict(inputs, *text_kv.flat())
+                output = predict([index], inputs, *text_kv.flat())
+        elif self.batches is not None:
+            output = self._stop_gradients(index, self.batches.run(predict, index, inputs, *text_kv.flat()))
+        else:
+            output = carry_out(self.treatments[index], predict, [index], inputs, *text_kv.flat(), module=self.unet)
+            output = self._stop_gradients(index, output)
         if trajectory.predict_original and index == trajectory.num_steps - 1:
             return self.sampler.predict_original(index, latents, output, guidance_scale=self.guidance_scale)
         noise = None if self.noises is None else self.noises[index]
         return self.sampler.step(index, latents, output, guidance_scale=self.guidance_scale, noise=noise)
+
+    def _predict(self, indices: Sequence[int], latents: Tensor, text_kv: TextKV) -> Tensor:
+        """Predictions of one step or, ``latents`` being those of several one below the other, of all of them."""
+        guided, times = self.guidance_scale != 1, len(indices)
+        if times == 1:
+            return predict_noise(self.unet, latents, self.timesteps[indices[0]], text_kv, guided=guided)
+        num_samples = len(latents) // times
+        timestep = torch.stack([self.timesteps[index] for index in indices]).repeat_interleave(num_samples)
+        text_kv = text_kv.repeat(times, num_samples=num_samples)
+        output = predict_noise(self.unet, latents, timestep, text_kv, guided=guided)
+        return output.unflatten(0, (-1, times, num_samples)).transpose(0, 1).flatten(0, 2)
 
     def _stop_gradients(self, index: int, output: Tensor) -> Tensor:
         """The same numbers, without gradient in unconditional rows and in samples that have not started, if so wished.

@@ -1,5 +1,6 @@
 """The planner of a run: its own networks on its own device."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -8,32 +9,32 @@ import torch
 
 from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks
-from fastcraft.forecast.phases import TREATMENTS
-from fastcraft.memory.cards import CARDS, Card
+from fastcraft.forecast.phases import OFFLOADS, TREATMENTS
+from fastcraft.memory.cards import CARDS, Card, cpu_card
 from fastcraft.memory.planner import Planner
-
-CPU_FLOPS, CPU_BANDWIDTH = 1e11, 2e10
-"""FLOP/s and bytes/s of a CPU: rough, only good to rank plans by."""
 
 
 def card_of(device: torch.device) -> Card:
     """The device as a `Card`: its own memory, with the rates of the card it is called after (else of an A100).
+
+    It may pin its share of half the host memory that is free.
 
     A CPU has what is free now, less a tenth; ranks that share one should be given a budget each.
     """
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         known = [card for name, card in CARDS.items() if name.partition("-")[0] in found.name.lower()]
-        return replace((known or [CARDS["a100-80g"]])[0], name=found.name, memory_bytes=found.total_memory)
-    return Card(
-        name="this CPU",
-        memory_bytes=psutil.virtual_memory().available,
-        matmul_flops=dict.fromkeys(("float32", "bfloat16", "float16"), CPU_FLOPS),
-        bandwidth=CPU_BANDWIDTH,
-        reserved_bytes=0,
-        slack=0.1,
-        efficiency=dict.fromkeys(("conv", "linear", "attention", "other", "bandwidth"), 1.0),
-    )
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return replace(
+            (known or [CARDS["a100-80g"]])[0], name=found.name, memory_bytes=found.total_memory,
+            host_bytes=psutil.virtual_memory().available // (2 * local_ranks),
+        )  # fmt: skip
+    return cpu_card(psutil.virtual_memory().available)
+
+
+def treatments_on(device: torch.device) -> tuple[str, ...]:
+    """What a step with gradient is weighed under on ``device``."""
+    return TREATMENTS + OFFLOADS if device.type == "cuda" else TREATMENTS
 
 
 def planner_of(
@@ -47,7 +48,7 @@ def planner_of(
     budget_gib: float = 0.0,
     decode_micro_batch: int = 0,
     world_size: int = 1,
-    treatments: Iterable[str] = TREATMENTS,
+    treatments: Iterable[str] = (),
 ) -> Planner:
     """A planner for these networks on this device.
 
@@ -61,8 +62,10 @@ def planner_of(
         budget_gib: what tensors may take at the peak; 0 = what the device has.
         decode_micro_batch: 0 = free to choose.
         world_size: ranks of ZeRO-2.
-        treatments: what the estimate is to know.
+        treatments: what the estimate is to know; none = those of `treatments_on`.
     """
+    card = card_of(device)
+    treatments = tuple(treatments) or treatments_on(device)
     estimate = cached_estimate(
         networks,
         guided=guided,
@@ -73,7 +76,7 @@ def planner_of(
     )
     return Planner(
         estimate,
-        card_of(device),
+        card,
         num_inference_steps=num_inference_steps,
         input_grad=input_grad,
         budget_bytes=int(budget_gib * 2**30) or None,

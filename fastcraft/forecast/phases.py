@@ -7,7 +7,7 @@ they are fake CPU tensors, so that the CPU's own branches are taken. `fastcraft.
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +22,28 @@ from fastcraft.diffusion.schedule import NoiseSchedule
 from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.forecast.networks import Networks
-from fastcraft.memory.cost import Cost, Line, measure, measure_step, static_bytes
+from fastcraft.memory.cost import Cost, Line, measure, measure_step, offloaded, static_bytes
 from fastcraft.memory.estimate import StepEstimate
 from fastcraft.memory.tracker import Work, bytes_of
-from fastcraft.records import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan, TextKV, Trajectory
+from fastcraft.records import (
+    KEEP,
+    OFFLOAD,
+    RECOMPUTE,
+    RECOMPUTE_BLOCKS,
+    SAC,
+    CheckpointPlan,
+    TextKV,
+    Trajectory,
+    treatment_ops,
+)
 from fastcraft.rewards.mix import WeightedRewards
 
 TREATMENTS = (
     KEEP, "sac:attention+conv+linear", "sac:attention+conv", "sac:conv", "sac:attention", RECOMPUTE, RECOMPUTE_BLOCKS,
 )  # fmt: skip
 """What a step with gradient is weighed under: no other choice of ops avoids more recompute per byte (measured)."""
+OFFLOADS = (OFFLOAD + "attention+conv", OFFLOAD + "attention")
+"""What it is weighed under besides where there is a host's memory to move to."""
 DECODES = (KEEP, RECOMPUTE, RECOMPUTE_BLOCKS)
 """The same for the decode."""
 _MAX_BUCKET = 50_000_000  # as fastcraft.engine.ds_config fills it in
@@ -100,15 +112,25 @@ class _Forecast:
             text=_join(text, kv),
             kv_bytes=Line(each=sum(t.nbytes for t in flat)),
             prefix=measure_step(lambda x: step(None, x), latents, weights=weights, backward=False),
-            steps={
-                name: measure_step(lambda x, name=name: step(name, x), latents, weights=weights)  # type: ignore[misc]
-                for name in treatments
-            },
+            steps=self._steps(lambda name: measure_step(lambda x: step(name, x), latents, weights=weights), treatments),
             heads={
                 name: measure(lambda n, name=name: self._head(n, name), weights=self.weights)  # type: ignore[misc]
                 for name in DECODES
             },
         )
+
+    def _steps(self, cost_of: Callable[[str], Cost], treatments: Sequence[str]) -> dict[str, Cost]:
+        """A step under each treatment; offloading is put together from what it would keep on the device."""
+        offloads = [name for name in treatments if name.startswith(OFFLOAD)]
+        kept = {name: SAC + name.removeprefix(OFFLOAD) for name in offloads}
+        counted = {*treatments, *kept.values(), *([RECOMPUTE, KEEP] if offloads else [])} - {*offloads}
+        costs = {name: _selected(name, cost_of(name)) for name in sorted(counted)}
+        return {
+            name: offloaded(costs[kept[name]], again=costs[RECOMPUTE], keep=costs[KEEP])
+            if name in kept
+            else costs[name]
+            for name in treatments
+        }
 
     def _text_kv(self, flat: Sequence[Tensor]) -> TextKV:
         names = [name.removesuffix(".processor") for name in self.unet.attn_processors]
@@ -160,6 +182,16 @@ class _Forecast:
             world_size=world_size,
             max_bucket=_MAX_BUCKET,
         )
+
+
+def _selected(treatment: str, cost: Cost) -> Cost:
+    """With the calls that a selective treatment looks at: those of the forward, and as many when it is run again."""
+    if not treatment_ops(treatment):
+        return cost
+    calls = cost.forward.num_calls
+    return replace(
+        cost, forward=replace(cost.forward, num_selected=calls), backward=replace(cost.backward, num_selected=calls)
+    )
 
 
 def _join(text: Cost, kv: Cost) -> Cost:

@@ -1,14 +1,15 @@
 """What one phase of a step costs, counted on tensors without contents: bytes, FLOPs, traffic and seconds."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastcraft.memory.cards import Card
+from fastcraft.memory.cards import SELECTIVE_SECONDS, Card
 from fastcraft.memory.tracker import AllocationTracker, Work
 
 
@@ -35,7 +36,8 @@ class Cost:
     what was there before it; ``backward_extra``: highest point of the backward above what is held when it begins.
 
     ``first_held`` and ``first_extra``: the same of a step whose latents carry no gradient (the first with gradient, or
-    any step under a stop-gradient on its input).
+    any step under a stop-gradient on its input). ``host``: bytes in the host's memory from forward to backward;
+    ``again``: the work of a recompute that waits for them, which otherwise is part of ``backward``.
     """
 
     held: Line
@@ -43,18 +45,20 @@ class Cost:
     backward_extra: Line = field(default_factory=Line)
     first_held: Line | None = None
     first_extra: Line | None = None
+    host: Line = field(default_factory=Line)
     forward: Work
+    again: Work = field(default_factory=lambda: Work(ops={}))
     backward: Work = field(default_factory=lambda: Work(ops={}))
 
     @property
-    def works(self) -> tuple[Work, Work]:
-        """Forward and backward."""
-        return self.forward, self.backward
+    def works(self) -> tuple[Work, Work, Work]:
+        """Forward, recompute beside copies, backward: one after the other."""
+        return self.forward, self.again, self.backward
 
     @property
     def flops(self) -> int:
-        """Of both, for one sample."""
-        return self.forward.flops + self.backward.flops
+        """Of all of it, for one sample."""
+        return sum(work.flops for work in self.works)
 
     def step_bytes(self, samples: int, *, first: bool) -> tuple[int, int]:
         """(held, backward extra) of a denoising step."""
@@ -64,14 +68,21 @@ class Cost:
 
 
 def work_seconds(work: Work, card: Card, *, dtype: str, samples: int) -> float:
-    """Roofline time: every op takes its products, its traffic or its launch, whichever is longest."""
+    """Roofline time: every op takes its products, its traffic or its launch, whichever is longest.
+
+    The host's time, launches and the bookkeeping of selective checkpointing, is hidden behind that of a card as far as
+    it is shorter; on a CPU it comes on top. Copies to the host and back run beside the ops.
+    """
     rate, bandwidth = card.matmul_flops[dtype], card.bandwidth * card.share("bandwidth")
-    total = 0.0
+    least = card.launch_seconds if card.asynchronous else 0.0
+    host, device = work.num_selected * SELECTIVE_SECONDS, 0.0
     for op, count in work.ops.items():
         product = op.flops * samples / (rate * card.share(op.kind))
         traffic = (op.moved_bytes * samples + op.weight_bytes) / bandwidth
-        total += count * max(product, traffic, card.launch_seconds)
-    return total
+        device += count * max(product, traffic, least)
+        host += count * card.launch_seconds
+    copies = work.copied_bytes * samples / card.host_bandwidth if work.copied_bytes else 0.0
+    return max(device, host, copies) if card.asynchronous else device + host
 
 
 def static_bytes(
@@ -122,13 +133,37 @@ def measure_step(
     weights = [*weights, latents]
     start = latents.detach().requires_grad_(backward)
     held, forward_peak, extra, forward, work = _measure_once(lambda: (step(start),), weights=weights, backward=backward)
-    first: dict[str, Line] = {}
+    first: dict[str, Any] = {}
     if backward:
         row = _measure_once(lambda: (step(latents),), weights=weights, backward=True)
         first = {"first_held": Line(each=row[0]), "first_extra": Line(each=row[2])}
     return Cost(
         held=Line(each=held), forward_peak=Line(each=forward_peak), backward_extra=Line(each=extra), **first,
         forward=forward, backward=work,
+    )  # fmt: skip
+
+
+def offloaded(kept: Cost, *, again: Cost, keep: Cost) -> Cost:
+    """A step under ``offload:OPS``, from what it costs under ``sac:OPS``, ``recompute`` and ``keep``.
+
+    What sac keeps goes to the host during forward and comes back, all of it, when the step is run again; backward
+    proper begins when both are done. In forward the device is counted as if it held it all until the end: a copy may
+    lag behind, and the memory waits for it.
+    """
+
+    def back(held: Line, extra: Line, bare: Line) -> Line:
+        return Line(each=extra.each + held.each - bare.each)
+
+    host = Line(each=kept.held.each - again.held.each)
+    first = None
+    if kept.first_held and kept.first_extra and again.first_held:
+        first = back(kept.first_held, kept.first_extra, again.first_held)
+    recomputed = Counter(kept.backward.ops) - Counter(keep.backward.ops)
+    return Cost(
+        held=again.held, first_held=again.first_held, forward_peak=kept.forward_peak, host=host,
+        backward_extra=back(kept.held, kept.backward_extra, again.held), first_extra=first,
+        forward=replace(kept.forward, copied_bytes=host.each),
+        again=replace(kept.backward, ops=dict(recomputed), copied_bytes=host.each), backward=keep.backward,
     )  # fmt: skip
 
 

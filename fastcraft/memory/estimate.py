@@ -26,7 +26,8 @@ class Prediction:
     """One optimiser step's micro-step: the allocated peak, what it consists of, and the time.
 
     ``at`` says in which phase the peak lies, ``bytes_by_kind`` what it consists of there; ``saved_bytes`` is what the K
-    steps hold when the decode begins. ``seconds_by_phase`` are of a whole micro-step; ``flops`` too.
+    steps hold when the decode begins, ``host_bytes`` what they have in the host's memory then (without what its
+    allocator rounds up). ``seconds_by_phase`` are of a whole micro-step; ``flops`` too.
     """
 
     batch_size: int
@@ -34,6 +35,7 @@ class Prediction:
     at: str
     bytes_by_kind: Mapping[str, int]
     saved_bytes: int
+    host_bytes: int
     seconds_by_phase: Mapping[str, float]
     flops: int
 
@@ -113,19 +115,58 @@ class StepEstimate:
         unknown = sorted({*plan.steps} - self.steps.keys() | {plan.decode} - self.heads.keys())
         if unknown or (plan.segments and {*plan.steps} != {KEEP}):
             raise ValueError(f"predict: plan must use treatments that were estimated, got {unknown or plan}")
-        regions = [(name, self.steps[name]) for name in plan.steps]
-        if plan.segments:
-            regions = [(f"segment:{length}", self._segment(length)) for length in plan.segments]
-        saved = [
-            cost.step_bytes(batch_size, first=index == 0 or not input_grad) for index, (_, cost) in enumerate(regions)
-        ]
+        regions = self.regions(plan)
+        saved = self._saved(regions, batch_size, input_grad)
         peak_bytes, at, kinds = self._peak(plan, regions, saved, batch_size)
         seconds, flops = self._time(plan, regions, batch_size, num_inference_steps - len(plan.steps), card)
         return Prediction(
             batch_size=batch_size, peak_bytes=peak_bytes, at=at, bytes_by_kind=kinds,
-            saved_bytes=sum(held for held, _ in saved),
+            saved_bytes=sum(held for held, _ in saved), host_bytes=self.host_bytes(plan, batch_size),
             seconds_by_phase=seconds, flops=flops,
         )  # fmt: skip
+
+    def regions(self, plan: CheckpointPlan) -> list[Region]:
+        """What backward goes through at once, in the order of the chain; treatments must have been estimated."""
+        if plan.segments:
+            return [(f"segment:{length}", self._segment(length)) for length in plan.segments]
+        if plan.batched:
+            full, rest = divmod(len(plan.steps), plan.batched)
+            lengths = [rest] * bool(rest) + [plan.batched] * full
+            return [(f"batch:{length}", self._batch(length)) for length in lengths]
+        return [(name, self.steps[name]) for name in plan.steps]
+
+    def _batch(self, length: int) -> Cost:
+        """``length`` steps whose backward is one call at so many times the batch; what starts it costs once."""
+        again = self.steps[RECOMPUTE]
+        held = (again.first_held or again.held).each
+        extra = (again.first_extra or again.backward_extra).each
+        repeated_keys = self.kv_bytes.each if length > 1 else 0
+
+        def at_once(op: Op) -> Op:
+            return op._replace(flops=op.flops * length, moved_bytes=op.moved_bytes * length)
+
+        return Cost(
+            held=Line(each=held * length),
+            forward_peak=Line(each=again.forward_peak.each + held * (length - 1)),
+            backward_extra=Line(each=(extra + repeated_keys) * length),
+            forward=replace(again.forward, ops={op: count * length for op, count in again.forward.ops.items()}),
+            backward=replace(again.backward, ops={at_once(op): count for op, count in again.backward.ops.items()}),
+        )
+
+    def _saved(self, regions: Sequence[Region], batch: int, input_grad: bool) -> list[tuple[int, int]]:
+        """(held, backward extra) of each region."""
+        return [cost.step_bytes(batch, first=index == 0 or not input_grad) for index, (_, cost) in enumerate(regions)]
+
+    def chain_bytes(self, plan: CheckpointPlan, *, batch_size: int, input_grad: bool) -> tuple[int, int]:
+        """(bytes above the static ones at the highest point outside the decode, bytes saved by all steps)."""
+        regions = self.regions(plan)
+        saved = self._saved(regions, batch_size, input_grad)
+        highest = max(sum(moment[1:]) for moment in self._chain_moments(regions, saved, batch_size))
+        return highest, sum(held for held, _ in saved)
+
+    def host_bytes(self, plan: CheckpointPlan, batch: int) -> int:
+        """Bytes that the steps have in the host's memory when the decode begins."""
+        return sum(cost.host.at(batch) for _, cost in self.regions(plan))
 
     def _segment(self, length: int) -> Cost:
         """``length`` steps that keep everything, run again together: in backward all of them are held at once."""
@@ -146,12 +187,21 @@ class StepEstimate:
         self, plan: CheckpointPlan, regions: Sequence[Region], saved: Sequence[tuple[int, int]], batch: int
     ) -> tuple[int, str, dict[str, int]]:
         """The highest of all phases: bytes, where, and what of; ``saved`` are (held, backward extra) of each region."""
-        text, kv = self.text.held.at(batch), self.kv_bytes.at(batch)
         chunk, all_saved = min(plan.decode_micro_batch or batch, batch), sum(held for held, _ in saved)
-        moments = [
-            *self._fixed_moments(batch),
-            ("decode and rewards", text, all_saved, self.head_bytes(plan.decode, chunk), 0),
-        ]
+        moments = self._chain_moments(regions, saved, batch)
+        moments.append(
+            ("decode and rewards", self.text.held.at(batch), all_saved, self.head_bytes(plan.decode, chunk), 0)
+        )
+        at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))
+        names = ("text encoder", "saved by steps", "at work", "gradients")
+        kinds = {**self.static, **dict(zip(names, amounts, strict=True))}
+        return sum(kinds.values()), at, kinds
+
+    def _chain_moments(
+        self, regions: Sequence[Region], saved: Sequence[tuple[int, int]], batch: int
+    ) -> list[tuple[str, int, int, int, int]]:
+        """All moments but the decode's, as `_fixed_moments`."""
+        text, kv, moments = self.text.held.at(batch), self.kv_bytes.at(batch), self._fixed_moments(batch)
         before = 0
         for index, ((name, cost), (held, extra)) in enumerate(zip(regions, saved, strict=True)):
             number = f"step {index + 1} of {len(regions)} ({name})"
@@ -159,10 +209,7 @@ class StepEstimate:
             moments.append((f"forward of {number}", text, before, cost.forward_peak.at(batch), 0))
             moments.append((f"backward of {number}", text, before + held, extra, grads))
             before += held
-        at, *amounts = max(moments, key=lambda moment: sum(moment[1:]))
-        names = ("text encoder", "saved by steps", "at work", "gradients")
-        kinds = {**self.static, **dict(zip(names, amounts, strict=True))}
-        return sum(kinds.values()), at, kinds
+        return moments
 
     def _fixed_moments(self, batch: int) -> list[tuple[str, int, int, int, int]]:
         """Where, text activations, saved by steps, at work, gradients of the text keys: what no plan changes."""
@@ -206,7 +253,7 @@ class StepEstimate:
         """Plain values; `from_json` gives it back."""
         rows = asdict(self)
         for cost in (rows["text"], rows["prefix"], *rows["steps"].values(), *rows["heads"].values()):
-            for name in ("forward", "backward"):
+            for name in ("forward", "again", "backward"):
                 work = cost[name]
                 work["ops"] = [[*op, count] for op, count in work["ops"].items()]
                 work["attention"], work["uncounted"] = sorted(work["attention"]), sorted(work["uncounted"])
@@ -218,13 +265,17 @@ class StepEstimate:
 
         def work(row: Mapping[str, Any]) -> Work:
             ops = {Op(*op): count for *op, count in row["ops"]}
-            return Work(ops=ops, attention=frozenset(row["attention"]), uncounted=frozenset(row["uncounted"]))
+            names = {name: frozenset(row[name]) for name in ("attention", "uncounted")}
+            return Work(**{**row, **names, "ops": ops})
 
         def cost(row: Mapping[str, Any]) -> Cost:
-            lines: dict[str, Any] = {name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra")}
+            lines: dict[str, Any] = {
+                name: Line(**row[name]) for name in ("held", "forward_peak", "backward_extra", "host")
+            }
             for name in ("first_held", "first_extra"):
                 lines[name] = None if row[name] is None else Line(**row[name])
-            return Cost(**lines, forward=work(row["forward"]), backward=work(row["backward"]))
+            works: dict[str, Any] = {name: work(row[name]) for name in ("forward", "again", "backward")}
+            return Cost(**lines, **works)
 
         costs: dict[str, Any] = {name: cost(rows[name]) for name in ("text", "prefix")}
         for group in ("steps", "heads"):

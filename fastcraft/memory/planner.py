@@ -2,7 +2,8 @@
 
 The steps of a chain are alike, so only the number of steps under each treatment counts, and a mixture of two treatments
 reaches the optimum of the relaxed problem: every pair and every split is tried. Steps that store more come last, where
-their activations live shortest.
+their activations live shortest. Steps that do not wait for each other (a stop-gradient on the UNet's input) may also be
+recomputed in batches; a plan of such batches is weighed whole.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from fastcraft.errors import UserError
 from fastcraft.memory.cards import CARDS, Card
 from fastcraft.memory.cost import Cost, work_seconds
 from fastcraft.memory.estimate import Prediction, StepEstimate
-from fastcraft.records import CheckpointPlan
+from fastcraft.records import RECOMPUTE, CheckpointPlan
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batches per device that are tried when the batch is free."""
@@ -53,6 +54,7 @@ def describe(plan: CheckpointPlan, *, batch_size: int) -> str:
             runs.append((name, 1))
     steps = " + ".join(f"{count} {name}" for name, count in runs)
     together = f" in segments of {max(plan.segments)}" if plan.segments else ""
+    together += f" in batches of {plan.batched}" if plan.batched else ""
     return f"{steps}{together}; decode {plan.decode}, {plan.decode_micro_batch or batch_size} at once"
 
 
@@ -150,22 +152,48 @@ class Planner:
         return smaller[0]
 
     def _choices(self, depth: int, batch: int) -> Iterator[Choice]:
-        """Every pair of treatments, every split, every way to decode."""
-        chain = _Chain(self.estimate, batch, first_only=not self.input_grad)
-        names = sorted(self.estimate.steps, key=chain.held)
-        seconds = {name: self._seconds(self.estimate.steps[name], batch) for name in names}
-        frozen = self._frozen_seconds(depth, batch)
+        """Every pair of treatments and every split, every size of batches; all with every way to decode."""
+        frozen, text = self._frozen_seconds(depth, batch), self.estimate.text.held.at(batch)
         heads = self._heads(batch)
+        chains = [*self._mixtures(depth, batch), *([] if self.input_grad else self._batches(depth, batch))]
+        for chain, peak, saved, seconds in chains:
+            for head_seconds, head_bytes, decode, chunk in heads:
+                plan = replace(chain, decode=decode, decode_micro_batch=chunk)
+                total = self.estimate.static_bytes + max(peak, text + saved + head_bytes)
+                time = frozen + seconds + head_seconds
+                yield Choice(plan=plan, batch_size=batch, peak_bytes=total, seconds=time)
+
+    def _mixtures(self, depth: int, batch: int) -> Iterator[tuple[CheckpointPlan, int, int, float]]:
+        """(plan, peak outside the decode, bytes saved, seconds of its steps) of pairs of treatments."""
+        chain = _Chain(self.estimate, batch, first_only=not self.input_grad)
+        names = sorted(self._available(batch), key=chain.held)
+        seconds = {name: self._seconds(self.estimate.steps[name], batch) for name in names}
+        host = {name: self.estimate.steps[name].host.at(batch) for name in names}
         for i, light in enumerate(names):
             for heavy in names[i:]:
                 for count in range(1, depth) if light != heavy else (depth,):
+                    if count * host[light] + (depth - count) * host[heavy] > self.card.host_bytes:
+                        continue
                     steps = (light,) * count + (heavy,) * (depth - count)
                     peak, saved = chain.peak(steps)
-                    time = frozen + count * seconds[light] + (depth - count) * seconds[heavy]
-                    for head_seconds, head_bytes, decode, chunk in heads:
-                        plan = CheckpointPlan(steps=steps, decode=decode, decode_micro_batch=chunk)
-                        total = self.estimate.static_bytes + max(peak, chain.text + saved + head_bytes)
-                        yield Choice(plan=plan, batch_size=batch, peak_bytes=total, seconds=time + head_seconds)
+                    time = count * seconds[light] + (depth - count) * seconds[heavy]
+                    yield CheckpointPlan(steps=steps), peak, saved, time
+
+    def _available(self, batch: int) -> list[str]:
+        """Treatments that the card can carry out."""
+        steps = self.estimate.steps
+        return [name for name, cost in steps.items() if not cost.host.at(batch) or self.card.host_bandwidth]
+
+    def _batches(self, depth: int, batch: int) -> Iterator[tuple[CheckpointPlan, int, int, float]]:
+        """The same of steps in batches; of sizes that give the same number of batches the smallest."""
+        if RECOMPUTE not in self.estimate.steps:
+            return
+        for size in sorted({-(-depth // number) for number in range(1, depth)}):
+            plan = CheckpointPlan(steps=(RECOMPUTE,) * depth, batched=size)
+            peak, saved = self.estimate.chain_bytes(plan, batch_size=batch, input_grad=self.input_grad)
+            regions = self.estimate.regions(plan)
+            once = {name: self._seconds(cost, batch) for name, cost in dict(regions).items()}
+            yield plan, peak, saved, sum(once[name] for name, _ in regions)
 
     def _heads(self, batch: int) -> list[tuple[float, int, str, int]]:
         """(seconds, bytes, treatment, pictures at once; 0 = all), those that no other beats in both."""

@@ -38,9 +38,14 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
         depths = [row.depth for row in mine]
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
         memory.plot(depths, [row.allocator_peak_mib or row.peak_mib for row in mine], label=policy, **style)
-        dashed = [(row.depth, row.predicted_peak_mib) for row in mine if row.predicted_peak_mib is not None]
-        if dashed:
-            memory.plot(*zip(*dashed, strict=True), color="black", linestyle=(0, (2, 3)), linewidth=0.9, zorder=3)
+        memory.plot(
+            depths,
+            [row.predicted_peak_mib for row in mine],
+            color="black",
+            linestyle=(0, (2, 3)),
+            linewidth=0.9,
+            zorder=3,
+        )
         time.plot(depths, [row.seconds for row in mine], label=policy, **style)
     memory.set_ylabel("peak above weights (MiB)", fontsize=8)
     time.set_ylabel("forward + backward (s)", fontsize=8)

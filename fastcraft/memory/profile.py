@@ -1,5 +1,7 @@
 """Memory and time of the K steps on this machine, depth by depth and policy by policy, beside their prediction.
 
+Settings are timed in turn, round by round, so that what else the machine does meets all of them alike.
+
 What is measured: on CUDA the allocator's peak; on any machine, op by op (`AllocationTracker`), the bytes that are alive
 when the decode begins' forward has ended and their peak; on a CPU also the process's resident set. All are above what
 was there before the step, so weights and optimiser are not in them.
@@ -9,6 +11,7 @@ import csv
 import ctypes
 import gc
 import io
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -39,17 +42,16 @@ class Row:
     """Highest point, by CUDA's allocator."""
     resident_peak_mib: float | None
     """Highest resident set, on a CPU."""
-    predicted_peak_mib: float | None
-    """None: the policy is not part of the estimate (offload)."""
-    seconds: float
+    predicted_peak_mib: float
+    predicted_static_mib: float = 0.0
+    """What the prediction counts besides, weights and optimiser: ``memory.budget_gib`` is for both together."""
+    seconds: float = math.nan
     """Median of a micro-step, forward and backward; on a CPU processor time, which other work does not lengthen."""
-    predicted_seconds: float | None
+    predicted_seconds: float = math.nan
 
     @property
-    def error(self) -> float | None:
+    def error(self) -> float:
         """Relative error of the predicted peak, against the allocator where there is one."""
-        if self.predicted_peak_mib is None:
-            return None
         return self.predicted_peak_mib / (self.allocator_peak_mib or self.peak_mib) - 1
 
 
@@ -59,53 +61,68 @@ def measure_row(
     depth: int,
     policy: str,
     plan: str,
-    predicted: Prediction | None,
+    predicted: Prediction,
     static_bytes: int,
     weights: Iterable[Tensor],
     device: torch.device,
-    repeats: int,
 ) -> Row:
-    """Run one setting: once to warm up, once counted op by op, ``repeats`` times on the clock.
+    """Run one setting: once to warm up, once for the machine's own peak, once counted op by op; not timed.
 
     Args:
         step: the forward of a micro-step; gives its loss. Gradients may pile up: they are cleared here.
         depth: K.
         policy: as named.
         plan: for people.
-        predicted: of the same setting; None = there is none.
+        predicted: of the same setting.
         static_bytes: the part of the prediction that is there all the time.
         weights: tensors that are there before; those that require gradient are the trained ones.
         device: where it runs.
-        repeats: timed runs.
     """
     weights = list(weights)
-
-    def clear() -> None:
-        for tensor in weights:
-            tensor.grad = None
-        gc.collect()
-
-    resident, allocator = _peak_of(step, device, clear)
-    clear()
+    resident, allocator = _peak_of(step, device, lambda: _clear(weights))
+    _clear(weights)
     with AllocationTracker(weights) as tracker:
         loss = step()
         held = tracker.live
         loss.backward()
-    seconds, clock = [], time.perf_counter if device.type == "cuda" else time.process_time
-    for _ in range(repeats):
-        clear()
-        began = clock()
-        step().backward()
-        _synchronize(device)
-        seconds.append(clock() - began)
-    clear()
+    _clear(weights)
     return Row(
         depth=depth, policy=policy, plan=plan, held_mib=held / 2**20, peak_mib=tracker.peak / 2**20,
         allocator_peak_mib=allocator, resident_peak_mib=resident,
-        predicted_peak_mib=None if predicted is None else (predicted.peak_bytes - static_bytes) / 2**20,
-        seconds=statistics.median(seconds),
-        predicted_seconds=None if predicted is None else predicted.seconds,
+        predicted_peak_mib=(predicted.peak_bytes - static_bytes) / 2**20,
+        predicted_static_mib=static_bytes / 2**20, predicted_seconds=predicted.seconds,
     )  # fmt: skip
+
+
+def time_steps(
+    steps: Sequence[Callable[[], Tensor]], *, weights: Iterable[Tensor], device: torch.device, repeats: int
+) -> list[float]:
+    """Median seconds of each setting, forward and backward: ``repeats`` rounds in which each runs once.
+
+    Args:
+        steps: see `measure_row`; each has run before.
+        weights: see `measure_row`.
+        device: where they run.
+        repeats: rounds.
+    """
+    weights = list(weights)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(repeats):
+        for step, mine in zip(steps, seconds, strict=True):
+            _clear(weights)
+            began = clock()
+            step().backward()
+            _synchronize(device)
+            mine.append(clock() - began)
+    _clear(weights)
+    return [statistics.median(mine) for mine in seconds]
+
+
+def _clear(weights: Iterable[Tensor]) -> None:
+    for tensor in weights:
+        tensor.grad = None
+    gc.collect()
 
 
 def _peak_of(
@@ -157,10 +174,9 @@ def table(rows: Sequence[Row]) -> str:
         f"{peak:>11}{'s/step':>9}  plan"
     ]
     for row in rows:
-        error = "-" if row.error is None else f"{row.error:.1%}"
         lines.append(
             f"{row.depth:>6}  {row.policy:<20}{row.held_mib:>10.1f}{row.peak_mib:>10.1f}"
-            f"{_shown(row.predicted_peak_mib):>11}{error:>8}"
+            f"{row.predicted_peak_mib:>11.1f}{row.error:>8.1%}"
             f"{_shown(row.allocator_peak_mib or row.resident_peak_mib):>11}{row.seconds:>9.2f}  {row.plan}"
         )
     return "\n".join(lines)

@@ -36,9 +36,14 @@ class Work:
     """Ops of a phase with their number of calls, and what was noticed on the way.
 
     ``attention`` names every attention op that ran; ``uncounted`` the fastcraft ops without a FLOP formula.
+    ``num_calls`` are all that went through the dispatcher, views too; ``num_selected`` those of them that selective
+    checkpointing looked at. ``copied_bytes`` cross to the host or back meanwhile, for one sample.
     """
 
     ops: Mapping[Op, int]
+    num_calls: int = 0
+    num_selected: int = 0
+    copied_bytes: int = 0
     attention: frozenset[str] = frozenset()
     uncounted: frozenset[str] = frozenset()
 
@@ -63,17 +68,21 @@ class AllocationTracker(TorchDispatchMode):
         self._weights = {tensor.untyped_storage()._cdata: tensor for tensor in weights}  # held: an id is reused
         self._alive: dict[int, Any] = {}
         self._calls: Counter[Op] = Counter()
+        self._num_calls = 0
         self._attention: set[str] = set()
         self._uncounted: set[str] = set()
 
     def restart(self) -> None:
         """Forget the work so far; the peak begins again at what is live."""
         self.peak = self.live
-        self._calls, self._attention, self._uncounted = Counter(), set(), set()
+        self._calls, self._num_calls, self._attention, self._uncounted = Counter(), 0, set(), set()
 
     def work(self) -> Work:
         """What ran since the last `restart`."""
-        return Work(ops=dict(self._calls), attention=frozenset(self._attention), uncounted=frozenset(self._uncounted))
+        return Work(
+            ops=dict(self._calls), num_calls=self._num_calls, attention=frozenset(self._attention),
+            uncounted=frozenset(self._uncounted),
+        )  # fmt: skip
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,12 +91,16 @@ class AllocationTracker(TorchDispatchMode):
             with self:  # inference mode shows composite ops whole
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
+        if func.namespace == "prim":  # a question to a fake tensor, such as where it lies
+            return result
+        self._num_calls += 1
         if traits.view:
             return result
         outputs = [] if traits.in_place else _tensors((result,))
         for tensor in outputs:
             self._add(tensor)
-        self._count(traits, args, kwargs, result, outputs)
+        if not traits.allocates_only:
+            self._count(traits, args, kwargs, result, outputs)
         return result
 
     def _add(self, tensor: Tensor) -> None:
@@ -129,6 +142,7 @@ class _Traits:
     composite: bool  # to be taken apart
     view: bool
     in_place: bool
+    allocates_only: bool  # nothing is read or written
     attends: bool  # an attention op for which PyTorch has no FLOP formula
     formula: Any
 
@@ -150,8 +164,9 @@ def _traits(func: Any) -> _Traits:
         name=f"{func.namespace}.{name}",
         kind=kind,
         composite=composite,
-        view=aliased and not written,
+        view=(aliased and not written) or name == "_unsafe_view",  # its schema tells of no alias, but it is one
         in_place=written,
+        allocates_only=name.removeprefix("new_").startswith("empty"),
         attends=formula is None and "scaled_dot_product" in name,
         formula=formula,
     )

@@ -38,6 +38,23 @@ def test_another_policy_is_predicted_as_it_is(tiny_pipeline, capsys):
     assert "batch 2: 4 keep in segments of 2; decode recompute, 2 at once" in capsys.readouterr().out
 
 
+def test_offloading_says_what_lies_on_the_host(tiny_pipeline, tmp_path, capsys):
+    options = ["--device", "4090", "--depth", "4", "--batch", "2", "--json", str(tmp_path / "plan.json")]
+    assert plan(tiny_pipeline, *options, "--policy", "offload:attention+conv") == 0
+    assert "in host memory" in capsys.readouterr().out
+    prediction = json.loads((tmp_path / "plan.json").read_text())["best"]["prediction"]
+    assert prediction["host_bytes"] > 10 * prediction["saved_bytes"]
+
+
+def test_steps_in_batches_are_predicted_for_a_stop_gradient(tiny_pipeline, capsys):
+    options = ["--device", "h200", "--depth", "4", "--batch", "2", "--no-input-grad"]
+    assert plan(tiny_pipeline, *options, "--policy", "batched:3") == 0
+    assert "batch 2: 4 recompute in batches of 3; decode recompute, 2 at once" in capsys.readouterr().out
+    assert plan(tiny_pipeline, *options) == 0
+    # so small a model does nothing but start ops
+    assert "batch 2: 4 recompute in batches of 4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -49,6 +66,7 @@ def test_another_policy_is_predicted_as_it_is(tiny_pipeline, capsys):
         (["--device", "h200", "--rewards", "hpsv3"], "--rewards: no architecture known for 'hpsv3'"),
         (["--device", "h200", "--resolution", "20"], "model.resolution must be a multiple of 16, got 20"),
         (["--device", "h200", "--policy", "stpe"], "memory.policy: unknown name 'stpe'; did you mean 'step'?"),
+        (["--device", "h200", "--policy", "batched:2"], "'batched:2' needs objective.input_grad = false"),
         (["--device", "1MiB", "--policy", "none"], "--policy: 'none' takes"),
         (["--device", "h200", "--model", "sd16"], "--model: expected a diffusers folder or one of sd15, sd21, sdxl"),
     ],

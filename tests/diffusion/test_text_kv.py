@@ -1,5 +1,7 @@
 """Text projected once: the same prediction and the same gradient as the plain UNet."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -72,7 +74,7 @@ def test_fused_layers_hold_the_unconditional_text_once(length, rows):
     latents = torch.randn(3, 4, 4, 4)
 
     def predict(text_kv):
-        output = predict_noise(unet, latents, torch.tensor(99), text_kv, guidance_scale=3)
+        output = predict_noise(unet, latents, torch.tensor(99), text_kv, guided=True)
         return [output.detach(), *torch.autograd.grad((output * torch.arange(4.0)).sum(), (cond, uncond))]
 
     plain_kv = project_text(unet, cond, uncond)
@@ -86,3 +88,20 @@ def test_fused_layers_hold_the_unconditional_text_once(length, rows):
     for result in results:
         for ours, expected in zip(result, plain, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_repeated_text_serves_a_batch_that_is_stacked(guided, fused):
+    unet = make_smallest()
+    use_text_kv(unet)
+    cond, uncond = torch.randn(3, 7, 8), torch.randn(1, 7, 8) if guided else None
+    latents, timesteps = torch.randn(2, 3, 4, 4, 4), torch.tensor([99, 500])
+    with Patch(unet, backend="reference") if fused else nullcontext(), torch.no_grad():
+        kv = project_text(unet, cond, uncond)
+        single = [predict_noise(unet, x, t, kv, guided=guided) for x, t in zip(latents, timesteps, strict=True)]
+        stacked = predict_noise(
+            unet, latents.flatten(0, 1), timesteps.repeat_interleave(3), kv.repeat(2, num_samples=3), guided=guided
+        )
+    expected = torch.cat([torch.cat(parts) for parts in zip(*(x.split(3) for x in single), strict=True)])
+    torch.testing.assert_close(stacked, expected, rtol=1e-5, atol=1e-5)

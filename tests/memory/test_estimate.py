@@ -1,20 +1,27 @@
 """The estimate: one rule of counting for real, fake and meta tensors; and a sum of phases that meets the whole step."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from fastcraft.diffusion.components import load_components
 from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
-from fastcraft.diffusion.text_kv import use_text_kv
+from fastcraft.diffusion.text_kv import project_text, use_text_kv
+from fastcraft.diffusion.treatments import is_one_of
+from fastcraft.diffusion.unroll import predict_noise
 from fastcraft.forecast.cache import cached_estimate
 from fastcraft.forecast.networks import Networks, networks_from_configs
-from fastcraft.forecast.phases import TREATMENTS, estimate_step, hollow, keep_differentiable
+from fastcraft.forecast.phases import OFFLOADS, TREATMENTS, estimate_step, hollow, keep_differentiable
 from fastcraft.memory.architectures import MODELS, towers_of
-from fastcraft.memory.cards import CARDS
+from fastcraft.memory.cards import CARDS, SELECTIVE_SECONDS, cpu_card
 from fastcraft.memory.cost import Line, measure_step, static_bytes, work_seconds
 from fastcraft.memory.estimate import StepEstimate
 from fastcraft.memory.tracker import AllocationTracker, Op, Work, bytes_of
@@ -50,7 +57,7 @@ def tiny(tiny_pipeline):
         latent_shape=parts.latent_shape, pixels_per_latent=parts.pixels_per_latent, dtype=torch.float32,
     )  # fmt: skip
 
-    def objective(depth, make_plan):
+    def objective(depth, make_plan, **settings):
         model = ImageModel(
             unet=parts.unet, vae=parts.vae, sampler=DDIMSampler(parts.schedule, num_inference_steps=depth + 2),
             guidance_scale=3.0, latent_shape=parts.latent_shape, device=torch.device("cpu"),
@@ -58,7 +65,7 @@ def tiny(tiny_pipeline):
         text = PromptEncoder(
             parts.tokenizer, trained=trained, original=original, device=torch.device("cpu"), guided=True
         )
-        settings = BackpropSettings(backprop_steps=depth)
+        settings = BackpropSettings(backprop_steps=depth, **settings)
         return RewardBackprop(text, model, rewards=networks.rewards, make_plan=make_plan, settings=settings, seed=0)
 
     weights = [t for m in (parts.unet, parts.vae, trained, original) for t in (*m.parameters(), *m.buffers())]
@@ -67,13 +74,13 @@ def tiny(tiny_pipeline):
 
 @pytest.fixture(scope="module")
 def estimate(tiny):
-    return estimate_step(tiny[0], guided=True, on_cpu=True)
+    return estimate_step(tiny[0], guided=True, on_cpu=True, treatments=(*TREATMENTS, *OFFLOADS))
 
 
-def true_peak(tiny, plan, batch_size):
+def true_peak(tiny, plan, batch_size, **settings):
     """Bytes above the weights at the highest point of a micro-step, on real tensors."""
     _, objective, weights = tiny
-    loss = objective(len(plan.steps), lambda _: plan)
+    loss = objective(len(plan.steps), lambda _: plan, **settings)
     batch = PromptBatch(prompts=["red cat"] * batch_size, indices=list(range(batch_size)))
     with AllocationTracker(weights) as tracker:
         (output,) = loss.losses(batch, draw=0)
@@ -94,6 +101,54 @@ def test_the_sum_of_phases_meets_a_real_step(tiny, estimate):
         # gradients of the text keys are counted beside a step's highest point, which they may come after
         spare = estimate.kv_bytes.at(batch_size)
         assert 0.99 * measured <= above_weights <= 1.02 * measured + spare, plan
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_steps_in_batches_take_what_is_predicted_whatever_their_number(tiny, estimate, size):
+    peaks = []
+    for depth in (7, 12):  # more than one full batch, so that gradients of the text keys wait in both
+        plan = CheckpointPlan(steps=(RECOMPUTE,) * depth, batched=size, decode=RECOMPUTE, decode_micro_batch=1)
+        predicted = estimate.predict(
+            plan, batch_size=3, num_inference_steps=depth + 2, card=CARDS["h200"], input_grad=False
+        )
+        peaks.append(true_peak(tiny, plan, 3, input_grad=False))
+        above_weights = predicted.peak_bytes - estimate.static_bytes
+        assert 0.99 * peaks[-1] <= above_weights <= 1.02 * peaks[-1] + estimate.kv_bytes.at(3), depth
+    latent = 3 * 4 * 4 * 8 * 8  # bytes
+    assert 0 < peaks[1] - peaks[0] <= 2 * 5 * latent  # a step more takes its input and nothing else
+
+
+def test_what_is_offloaded_is_what_lies_on_the_host(tiny, estimate):
+    """Counted on real tensors; the copies stay on the CPU here."""
+    unet = tiny[0].unet
+    with torch.no_grad():
+        kv = project_text(unet, torch.randn(1, 77, 32), torch.randn(1, 77, 32))
+    kv = kv.unflatten([tensor.requires_grad_() for tensor in kv.flat()])
+    for ops in (("attention", "conv"), ("attention",)):
+        contexts = offload_contexts(partial(is_one_of, ops))
+        checkpoint(
+            lambda x: predict_noise(unet, x, torch.tensor(9), kv, guided=True), torch.randn(1, 4, 8, 8),
+            use_reentrant=False, context_fn=lambda contexts=contexts: contexts,
+        )  # fmt: skip
+        kept = tree_leaves([out for _, out in contexts[0].kept])
+        cost = estimate.steps["offload:" + "+".join(ops)]
+        assert cost.host.each == pytest.approx(sum(copy.host.nbytes for copy in kept if copy is not None), rel=0.01)
+        assert cost.held == estimate.steps[RECOMPUTE].held
+
+
+def test_offloaded_steps_wait_for_the_host_and_not_for_each_others_memory(estimate):
+    sac, moved = estimate.steps["sac:attention+conv"], estimate.steps["offload:attention+conv"]
+    assert moved.flops == pytest.approx(sac.flops, rel=1e-3)
+    peaks, slow = [], replace(CARDS["h200"], host_bandwidth=1e6)
+    for depth in (3, 8):
+        plan = CheckpointPlan(steps=("offload:attention+conv",) * depth, decode=KEEP)
+        options = {"batch_size": 2, "num_inference_steps": depth}
+        near, far = (estimate.predict(plan, card=card, **options) for card in (CARDS["h200"], slow))
+        assert near.host_bytes == 2 * depth * moved.host.each
+        there_and_back = 2 * near.host_bytes / slow.host_bandwidth
+        assert far.seconds_by_phase["steps with gradient"] >= there_and_back > near.seconds
+        peaks.append(near.peak_bytes)
+    assert peaks[1] - peaks[0] == 5 * 2 * 4 * 4 * 8 * 8  # a latent for each step
 
 
 def test_an_estimate_survives_json_and_is_made_once(tiny, estimate, tmp_path, monkeypatch):
@@ -122,7 +177,7 @@ def test_estimating_leaves_the_networks_alone(tiny, estimate):
 def test_unknown_treatments_are_refused(estimate):
     with pytest.raises(ValueError, match="must use treatments that were estimated, got"):
         estimate.predict(
-            CheckpointPlan(steps=("offload:conv",)), batch_size=1, num_inference_steps=2, card=CARDS["h200"]
+            CheckpointPlan(steps=("offload:linear",)), batch_size=1, num_inference_steps=2, card=CARDS["h200"]
         )
 
 
@@ -162,6 +217,32 @@ def test_time_is_the_longest_of_product_traffic_and_launch():
     assert product == pytest.approx(2e12 / (312e12 * card.share("conv")))
     traffic = work_seconds(Work(ops={Op("other", 0, 10**9, 10**9): 1}), card, dtype="bfloat16", samples=3)
     assert traffic == pytest.approx(4e9 / (2039e9 * card.share("bandwidth")))
+
+
+def test_the_hosts_time_is_hidden_on_a_card_and_comes_on_top_on_a_cpu():
+    card, cpu = CARDS["a100-80g"], cpu_card(2**30)
+    short = Work(ops={Op("other", 0, 10**9, 0): 10}, num_selected=100)
+    hidden = work_seconds(replace(short, num_selected=0), card, dtype="bfloat16", samples=1)
+    assert work_seconds(short, card, dtype="bfloat16", samples=1) == hidden > 100 * SELECTIVE_SECONDS
+    long = replace(short, num_selected=10**6)
+    host = 10**6 * SELECTIVE_SECONDS
+    assert work_seconds(long, card, dtype="bfloat16", samples=1) == pytest.approx(host + 10 * card.launch_seconds)
+    both = host + 10 * cpu.launch_seconds + 10 * 1e9 / cpu.bandwidth
+    assert work_seconds(long, cpu, dtype="float32", samples=1) == pytest.approx(both)
+
+
+def test_what_computes_nothing_is_no_work(estimate):
+    with AllocationTracker() as tracker:
+        x = torch.empty(10, 10)
+        y = torch.ops.aten._unsafe_view(x, [100])
+        x.new_empty(5)
+    assert tracker.work().ops == {}
+    assert tracker.work().num_calls == 3
+    del y
+    # the tiny UNet's ops, and no question that was only put to fake tensors
+    assert sum(estimate.steps[KEEP].forward.ops.values()) < 300
+    assert estimate.steps["sac:conv"].backward.num_selected == estimate.steps["sac:conv"].forward.num_calls > 100
+    assert estimate.steps[RECOMPUTE].backward.num_selected == 0
 
 
 def test_optimizer_state_is_shared_out_over_the_ranks():

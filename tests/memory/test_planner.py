@@ -1,6 +1,8 @@
 """The planner: least time that fits, against trying everything; what it says when nothing fits; the way down."""
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -101,6 +103,47 @@ def test_heavy_steps_come_last(estimate):
     assert len(set(steps)) == 2
     held = [estimate.steps[name].held.each for name in steps]
     assert held == sorted(held)
+
+
+def test_independent_steps_are_batched_where_starting_ops_is_what_takes_time(estimate):
+    def starts(step, *numbers):
+        forward, backward = (Work(ops={Op("conv", 1, 0, 0): number}) for number in numbers)
+        return replace(step, forward=forward, backward=backward)
+
+    steps = {KEEP: starts(estimate.steps[KEEP], 1000, 1000), RECOMPUTE: starts(estimate.steps[RECOMPUTE], 1000, 2000)}
+    bound = replace(estimate, steps=steps)
+    alone = planner(bound, 99999).choose(7, batch_sizes=[1])
+    assert set(alone.plan.steps) == {KEEP}
+    together = planner(bound, 99999, input_grad=False).choose(7, batch_sizes=[1])
+    assert "7 recompute in batches of 7" in together.describe()
+    less = planner(bound, 5500, input_grad=False).choose(7, batch_sizes=[1])
+    assert less.plan.batched == 4  # two calls, and no more steps in either than it takes
+    assert alone.seconds > less.seconds > together.seconds
+    assert less.peak_bytes <= 5500 * MIB < together.peak_bytes
+
+
+def test_offloading_where_the_host_has_room_and_its_link_is_fast(estimate):
+    sac, again, host = estimate.steps[SAC], estimate.steps[RECOMPUTE], Line(each=299 * MIB)
+    moved = replace(
+        sac, held=again.held, backward_extra=again.backward_extra, host=host,
+        forward=replace(sac.forward, copied_bytes=host.each), again=Work(ops={}, copied_bytes=host.each),
+    )  # fmt: skip
+    there = replace(estimate, steps={**estimate.steps, "offload:attention+conv": moved})
+    card = replace(CARDS["a100-80g"], host_bandwidth=1e12, host_bytes=20 * 299 * MIB)
+
+    def steps(depth, card):
+        options = {"num_inference_steps": 60, "budget_bytes": 4000 * MIB}
+        return Counter(Planner(there, card, **options).choose(depth, batch_sizes=[1]).plan.steps)
+
+    assert steps(20, card) == {"offload:attention+conv": 19, KEEP: 1}
+    assert 0 < steps(30, card)["offload:attention+conv"] <= 20
+    for without in (replace(card, host_bandwidth=0.0), replace(card, host_bandwidth=1e6), replace(card, host_bytes=0)):
+        assert not steps(20, without)["offload:attention+conv"]
+
+
+def test_batching_gains_nothing_where_products_are_what_takes_time(estimate):
+    found = planner(estimate, 0, input_grad=False).frontier(6, batch_size=2)
+    assert not any(choice.plan.batched for choice in found)
 
 
 def test_the_batch_with_the_most_samples_per_second(estimate):

@@ -13,7 +13,9 @@ NAMES = [
 
 
 def plans(name, depth, **options):
-    options = {"backprop_steps": depth, "decode_micro_batch": 0, "device_type": "cuda", **options}
+    options = {
+        "backprop_steps": depth, "decode_micro_batch": 0, "device_type": "cuda", "input_grad": False, **options
+    }  # fmt: skip
     return plan_maker(name, **options)(depth)
 
 
@@ -36,6 +38,7 @@ def test_every_policy_covers_every_step_once(name, depth):
         ("offload:attention", ("offload:attention",) * 5, (), RECOMPUTE),
         ("segment:2", (KEEP,) * 5, (1, 2, 2), RECOMPUTE),
         ("segment:9", (KEEP,) * 5, (5,), RECOMPUTE),
+        ("batched:2", (RECOMPUTE,) * 5, (), RECOMPUTE),
         ("last_k_live:2", (RECOMPUTE,) * 3 + (KEEP,) * 2, (), RECOMPUTE),
         ("last_k_live:7", (KEEP,) * 5, (), RECOMPUTE),
         ("plan:2*recompute, sac:conv,2*keep", (RECOMPUTE, RECOMPUTE, "sac:conv", KEEP, KEEP), (), RECOMPUTE),
@@ -70,6 +73,7 @@ def test_a_user_may_bring_a_policy():
         ("sac:attn+conv", "'sac:attn\\+conv': an op is one of attention, conv, .*; got 'attn'"),
         ("sac:conv+", "got ''"),
         ("segment:0", "'segment' needs a number of steps, at least 1, got '0'"),
+        ("batched:0", "'batched' needs a number of steps, at least 1, got '0'"),
         ("last_k_live:two", "'last_k_live' needs a number of steps, at least 1, got 'two'"),
         ("plan:keep,forget", "plan: a treatment is 'keep', .* got 'forget'"),
         ("plan:keep,", "plan: a treatment is 'keep', .* got ''"),
@@ -89,6 +93,15 @@ def test_offloading_without_a_second_memory_is_refused_with_the_reason(name):
         plans(name, 5, device_type="cpu")
 
 
+def test_batches_are_no_larger_than_the_chain():
+    assert [plans("batched:4", depth).batched for depth in (2, 4, 9)] == [2, 4, 4]
+
+
+def test_steps_that_depend_on_each_other_are_not_batched():
+    with pytest.raises(UserError, match=r"'batched:2' needs objective\.input_grad = false: .*'step' takes as little"):
+        plans("batched:2", 5, input_grad=True)
+
+
 def test_a_registered_fused_op_is_a_kind_of_its_own():
     with torch.library._scoped_library("fastcraft", "FRAGMENT") as library:
         library.define("policy_probe(Tensor x) -> Tensor")
@@ -102,6 +115,8 @@ def test_a_registered_fused_op_is_a_kind_of_its_own():
         ({"steps": (KEEP,), "decode": "drop"}, "got 'drop'"),
         ({"steps": (KEEP,) * 3, "segments": (2, 2)}, "segments must be at least 1 and add up to 3 steps"),
         ({"steps": (KEEP,) * 2, "segments": (2, 0)}, "segments must be at least 1"),
+        ({"steps": (RECOMPUTE, KEEP), "batched": 2}, "batched must be 0, or at least 1 with every step 'recompute'"),
+        ({"steps": (RECOMPUTE,) * 2, "batched": -1}, "batched must be 0, or at least 1 .*, got -1"),
         ({"steps": (KEEP, "sac:conv"), "segments": (2,)}, "what a step inside it keeps would be dropped"),
     ],
 )

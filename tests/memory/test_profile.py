@@ -11,7 +11,7 @@ from torch import nn
 from fastcraft.cli import main
 from fastcraft.memory.estimate import Prediction
 from fastcraft.memory.plot import plot
-from fastcraft.memory.profile import Row, as_csv, measure_row, table
+from fastcraft.memory.profile import Row, as_csv, measure_row, table, time_steps
 
 MIB = 2**20
 
@@ -27,7 +27,14 @@ def row(depth=1, policy="none", **changes):
 
 def prediction(peak):
     return Prediction(
-        batch_size=1, peak_bytes=peak, at="", bytes_by_kind={}, saved_bytes=0, seconds_by_phase={"all": 1.0}, flops=0
+        batch_size=1,
+        peak_bytes=peak,
+        at="",
+        bytes_by_kind={},
+        saved_bytes=0,
+        host_bytes=0,
+        seconds_by_phase={"all": 1.0},
+        flops=0,
     )
 
 
@@ -40,13 +47,30 @@ def test_a_row_counts_what_lies_above_the_weights():
 
     measured = measure_row(
         step, depth=2, policy="none", plan="", predicted=prediction(7 * MIB), static_bytes=2 * MIB,
-        weights=[*linear.parameters(), x], device=torch.device("cpu"), repeats=1,
+        weights=[*linear.parameters(), x], device=torch.device("cpu"),
     )  # fmt: skip
     assert measured.held_mib == pytest.approx(1, abs=0.01)
     assert measured.peak_mib == pytest.approx(5, abs=0.01)
     assert measured.predicted_peak_mib == 5
     assert measured.error == pytest.approx(0, abs=0.01)
     assert linear.weight.grad is None
+
+
+def test_settings_are_timed_in_turn():
+    order, weight = [], torch.ones(2, requires_grad=True)
+
+    def step(name):
+        def run():
+            assert weight.grad is None
+            order.append(name)
+            return weight.sum()
+
+        return run
+
+    seconds = time_steps([step("a"), step("b")], weights=[weight], device=torch.device("cpu"), repeats=3)
+    assert order == ["a", "b"] * 3
+    assert len(seconds) == 2
+    assert weight.grad is None
 
 
 def test_the_allocator_is_believed_where_there_is_one():
@@ -73,8 +97,9 @@ def test_a_plot_is_written(tmp_path, ending):
 
 
 @pytest.fixture
-def recipe(tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def recipe(tiny_pipeline, tmp_path, tmp_path_factory, monkeypatch):
+    """The estimate is made once for all tests of this file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "profile_estimates"))
     (tmp_path / "prompts.txt").write_text("a red cat\na blue dog\n")
     path = tmp_path / "tiny.toml"
     path.write_text(
@@ -107,6 +132,25 @@ def test_the_command_measures_every_setting(recipe, tmp_path, capsys):
         assert entry["predicted_peak_mib"] == pytest.approx(entry["peak_mib"], rel=0.05), entry
     assert (out / "memory_by_depth.csv").is_file()
     assert (out / "memory_by_depth.png").is_file()
+
+
+def test_all_steps_in_the_memory_of_one(recipe, tmp_path):
+    """Real runs: where the budget is what one step takes that keeps everything, T = 25 take no more."""
+    options = ["--recipe", str(recipe), "--repeats", "1", "--out", str(tmp_path), "--set", "train.batch_size=1"]
+    options += ["--set", "sampler.num_inference_steps=25"]
+
+    def rows(*more):
+        assert main(["profile", *options, *more]) == 0
+        return json.loads((tmp_path / "memory_by_depth.json").read_text())["rows"]
+
+    (one,) = rows("--depths", "1", "--policies", "none")
+    budget = (one["predicted_peak_mib"] + one["predicted_static_mib"]) / 2**10
+    shallow, deep = rows("--depths", "1,25", "--policies", "auto", "--set", f"memory.budget_gib={budget}")
+    assert shallow["plan"].startswith("1 keep")
+    assert "recompute" in deep["plan"].partition(";")[0]
+    for name in ("held_mib", "peak_mib"):
+        assert shallow[name] == pytest.approx(one[name], rel=0.01), name
+        assert deep[name] <= 1.1 * shallow[name], name
 
 
 @pytest.mark.parametrize(

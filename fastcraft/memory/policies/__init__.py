@@ -21,6 +21,7 @@ POLICIES = Registry(
         "sac": "fastcraft.memory.policies.selective:SaveOps",
         "offload": "fastcraft.memory.policies.selective:OffloadOps",
         "segment": "fastcraft.memory.policies.segment:RecomputeSegments",
+        "batched": "fastcraft.memory.policies.batched:BatchSteps",
         "last_k_live": "fastcraft.memory.policies.last_k_live:KeepLast",
         "plan": "fastcraft.memory.policies.explicit:ExplicitPlan",
         "auto": "fastcraft.memory.planner:AutoPlan",
@@ -52,7 +53,7 @@ def make_policy(name: str) -> Any:
 
 
 def plan_maker(
-    name: str, *, backprop_steps: int, decode_micro_batch: int, device_type: str
+    name: str, *, backprop_steps: int, decode_micro_batch: int, device_type: str, input_grad: bool = True
 ) -> Callable[[int], CheckpointPlan]:
     """A function from the number of steps with gradient to the plan, checked for the K and the device of a run.
 
@@ -61,9 +62,11 @@ def plan_maker(
         backprop_steps: K; a draw of the truncation may ask for another number.
         decode_micro_batch: images decoded at once; 0 = the whole batch.
         device_type: ``"cpu"`` or ``"cuda"``.
+        input_grad: see `Trajectory`.
 
     Raises:
-        UserError: see `make_policy`; an explicit plan of another length; offloading where there is no second memory.
+        UserError: see `make_policy`; an explicit plan of another length; offloading where there is no second memory;
+            steps in one batch that depend on each other.
     """
     policy = make_policy(name)
     length = getattr(policy, "num_steps", backprop_steps)
@@ -71,6 +74,11 @@ def plan_maker(
         raise UserError(f"memory.policy: the plan must name objective.backprop_steps ({backprop_steps}), got {length}")
     make: Callable[[int], CheckpointPlan] = partial(policy.plan, decode_micro_batch=decode_micro_batch)
     plan = make(backprop_steps)
+    if plan.batched and input_grad:
+        raise UserError(
+            f"memory.policy: {name!r} needs objective.input_grad = false: with gradient through the UNet's input every "
+            "step's backward waits for the next one's; 'step' takes as little memory"
+        )
     offloaded = [t for t in (*plan.steps, plan.decode) if t.startswith(OFFLOAD)]
     if offloaded and device_type != "cuda":
         raise UserError(

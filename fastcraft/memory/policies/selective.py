@@ -41,7 +41,8 @@ class SaveOps:
 class OffloadOps(SaveOps):
     """As `SaveOps`, with the kept outputs in pinned host memory until backward comes to their step.
 
-    The copies run on a stream of their own, one step ahead of backward: device memory stays flat in the depth.
+    The copies run on a stream of their own, those back from the moment that their step is run again: device memory
+    stays flat in the depth, and a step waits as long as its copies take longer than what it recomputes.
     """
 
     example: ClassVar[str] = "offload:attention"
