@@ -118,6 +118,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
             guidance_scale=recipe.sampler.guidance_scale,
             latent_shape=components.latent_shape,
             device=device,
+            straight_through_clamp=recipe.objective.straight_through_clamp,
         ),
         rewards=rewards,
         held_out=build_rewards(_specs(recipe.held_out), towers=towers, require_grad=False) if recipe.held_out else None,
