@@ -125,6 +125,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
             guidance_scale=recipe.sampler.guidance_scale,
             latent_shape=components.latent_shape,
             device=device,
+            straight_through_clamp=recipe.objective.straight_through_clamp,
         ),
         rewards=rewards,
         held_out=held_out,

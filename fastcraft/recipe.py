@@ -73,6 +73,9 @@ class ObjectiveConfig:
     """false = stop-gradient on the latents entering the UNet (DRTune). Changes the gradient."""
     uncond_grad: bool = True
     """false = stop-gradient on the unconditional noise prediction. Changes the gradient."""
+    straight_through_clamp: bool = False
+    """true = where a picture is clamped to [0, 1], the gradient passes as if it were not; otherwise it is zero there.
+    Changes the gradient. The clamp after a reward's resize is that reward's option ``clamp``."""
     early_stop_steps: int = 0
     """DRTune: the trajectory ends, with an x0 estimate, up to this many steps early, at random; 0 = never."""
     low_variance_draws: int = 1

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastcraft.rewards import RewardSpec
     from fastcraft.rewards.mix import WeightedRewards
 
-HELP = "Score a folder of pictures by rewards: a table, JSON and CSV."
+HELP = "score a folder of pictures by rewards: a table, JSON and CSV"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +70,16 @@ def reward_specs(names: str, options: Sequence[str]) -> "list[RewardSpec]":
     """From ``a,b`` and ``a.key=value``; names may hold dots (hpsv2.1), keys do not.
 
     Raises:
-        UserError: no name, or an option that belongs to none of them.
+        UserError: no name, one twice, or an option that belongs to none of them.
     """
     from fastcraft.rewards import RewardSpec
 
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed:
         raise UserError(f"--rewards: at least one name is required, got {names!r}")
+    for name in listed:
+        if listed.count(name) > 1:
+            raise UserError(f"--rewards: each name once, got {name!r} {listed.count(name)} times")
     given: dict[str, dict[str, Any]] = {name: {} for name in listed}
     for item in options:
         left, equals, text = item.partition("=")

@@ -9,7 +9,7 @@ from fastcraft.diffusion.treatments import carry_out
 from fastcraft.records import KEEP, CheckpointPlan
 
 
-def decode(vae: Any, latents: Tensor, plan: CheckpointPlan) -> Tensor:
+def decode(vae: Any, latents: Tensor, plan: CheckpointPlan, *, straight_through: bool = False) -> Tensor:
     """Pictures of latents.
 
     Args:
@@ -17,9 +17,11 @@ def decode(vae: Any, latents: Tensor, plan: CheckpointPlan) -> Tensor:
         latents: ``(B, C, h, w)`` float32, in the UNet's scale.
         plan: ``plan.decode`` says what is kept for backward, ``plan.decode_micro_batch`` how many pictures are decoded
             at once.
+        straight_through: saturated values keep their gradient; the pictures are the same. Changes the gradient.
 
     Returns:
-        ``(B, 3, H, W)`` float32 in [0, 1]. The clamp kills the gradient of saturated values, as in TextCraftor.
+        ``(B, 3, H, W)`` float32 in [0, 1]. The clamp kills the gradient of saturated values, as in TextCraftor, unless
+        ``straight_through``.
     """
 
     def run(chunk: Tensor) -> Tensor:
@@ -29,4 +31,17 @@ def decode(vae: Any, latents: Tensor, plan: CheckpointPlan) -> Tensor:
         carry_out(plan.decode if chunk.requires_grad else KEEP, run, chunk, module=vae)
         for chunk in latents.split(plan.decode_micro_batch or len(latents))
     ]
-    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+    images = torch.cat(pictures) / 2 + 0.5
+    return _StraightThroughClamp.apply(images) if straight_through else images.clamp(0, 1)
+
+
+class _StraightThroughClamp(torch.autograd.Function):
+    """Clamped to [0, 1] to the last bit; backward is the identity and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]

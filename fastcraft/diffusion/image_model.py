@@ -17,7 +17,8 @@ from fastcraft.records import KEEP, CheckpointPlan, PromptEmbeds, TextKV, Trajec
 class ImageModel:
     """Frozen UNet (prepared by `use_text_kv`) and VAE, with the sampler that drives them.
 
-    ``on_step`` is called before every denoising step and may raise to leave the loop.
+    ``straight_through_clamp`` changes the gradient, see `decode`. ``on_step`` is called before every denoising step and
+    may raise to leave the loop.
     """
 
     unet: Any
@@ -26,6 +27,7 @@ class ImageModel:
     guidance_scale: float
     latent_shape: tuple[int, int, int]
     device: torch.device
+    straight_through_clamp: bool = False
     on_step: Callable[[], None] | None = None
 
     def text_kv(self, embeds: PromptEmbeds) -> TextKV:
@@ -87,7 +89,7 @@ class ImageModel:
 
     def decode(self, latents: Tensor, plan: CheckpointPlan) -> Tensor:
         """See `fastcraft.diffusion.decode.decode`."""
-        return decode(self.vae, latents, plan)
+        return decode(self.vae, latents, plan, straight_through=self.straight_through_clamp)
 
     @torch.no_grad()
     def sample(

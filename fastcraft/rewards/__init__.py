@@ -71,7 +71,10 @@ def build_rewards(
     for name, weight, path, options, label in specs:
         reward_class = REWARDS.get(name)
         if not (isinstance(reward_class, type) and issubclass(reward_class, Reward)):
-            raise UserError(f"rewards: {name!r} must be a subclass of fastcraft.rewards.base.Reward")
+            raise UserError(
+                f"rewards: {name!r} must be a subclass of fastcraft.rewards.base.Reward; "
+                "a function is option function of the reward 'callable'"
+            )
         check_options(reward_class, options, reward=name)
         reward = reward_class.build(path, towers=towers, **options).to(towers.device)
         mix.append((label or (reward_class.name if ":" in name else name), reward, weight))

@@ -78,8 +78,12 @@ def _check_folder(path: str) -> None:
             raise UserError(f"rewards: {path!r} is no model folder: it has no config.json")
         if not any(folder.glob("model*.safetensors*")) and not (folder / _PICKLE).is_file():
             raise UserError(f"rewards: {path!r} has no weights: neither model.safetensors nor {_PICKLE}")
-    elif not path or path.startswith(("/", ".", "~")) or path.count("/") > 1 or folder.exists():
-        raise UserError(f"rewards: path must be a folder with a CLIPModel or a hub id, got {path!r}")
+    elif (
+        not path or path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith(ENDINGS) or folder.exists()
+    ):
+        raise UserError(
+            f"rewards: path must be a folder with a CLIPModel, a file of open_clip or a hub id, got {path!r}"
+        )
 
 
 def _own_tokenizer(path: str) -> str:
@@ -154,13 +158,13 @@ def _load_tokenizer(path: str, place: str) -> Any:
 def _check_keys(path: str, report: dict[str, Any]) -> None:
     """Raise unless the files held exactly the model's weights."""
     mismatched = {entry[0] for entry in report["mismatched_keys"]}
-    for rule, keys in (
-        ("lacks weights of a CLIPModel", report["missing_keys"]),
-        ("holds weights that a CLIPModel does not have", report["unexpected_keys"]),
-        ("holds weights whose shape differs from its config", mismatched),
-    ):
-        if keys:
-            raise UserError(f"rewards: {path!r} {rule}: {some(keys)}")
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    if missing or unexpected or mismatched:
+        raise UserError(
+            f"rewards: {path!r} does not hold exactly the weights of its CLIPModel; "
+            f"missing: {some(missing) or 'none'}; unexpected: {some(unexpected) or 'none'}; "
+            f"of another shape than its config's: {some(mismatched) or 'none'}"
+        )
     if report["error_msgs"]:
         raise UserError(f"rewards: cannot load a CLIPModel from {path!r}: {first_line(report['error_msgs'][0])}")
 

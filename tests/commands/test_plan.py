@@ -7,12 +7,6 @@ import pytest
 from fastcraft.cli import main
 
 
-@pytest.fixture(autouse=True)
-def estimates(tmp_path_factory, monkeypatch):
-    """One cache for all tests of this file: the estimate of the tiny model is made once."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "plan_estimates"))
-
-
 def plan(folder, *options):
     return main(["plan", "--model", str(folder), "--rewards", "", "--dtype", "float32", "--steps", "6", *options])
 

@@ -97,6 +97,7 @@ def test_counts_of_a_detector_are_printed(score, folder, capsys, monkeypatch):
     [
         (["--rewards", "brightnes"], "unknown name 'brightnes'; did you mean 'brightness'"),
         (["--rewards", " , "], "--rewards: at least one name is required, got ' , '"),
+        (["--rewards", "brightness,clip,brightness"], "--rewards: each name once, got 'brightness' 2 times"),
         (["--rewards", "brightness", "--set", "clip.path=x"], "expected REWARD.KEY=VALUE with a reward of --rewards"),
         (["--rewards", "brightness", "--set", "brightness"], "expected REWARD.KEY=VALUE"),
         (["--rewards", "hpsv2.1", "--set", "hpsv2.1.path=/nowhere"], "path of 'hpsv2.1' must be a file"),

@@ -1,6 +1,7 @@
 """The whole step against naive loops that use no trick: stock UNet, stock scheduler, plain autograd."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -251,6 +252,19 @@ def test_drtune_stops_the_gradient_of_inputs(tiny_parts, policy):
             x = out.pred_original_sample if i == num_steps - 1 else out.prev_sample
         assert_same(gradients(objective, trained, draw), naive_gradients(trained, -naive.reward(x).mean()))
     assert len(seen) > 1
+
+
+def test_straight_through_clamp_passes_what_the_clamp_stops(tiny_parts):
+    tiny_parts.components.vae.decoder.conv_out.weight.data *= 10
+    objective, trained, original = build(tiny_parts, backprop_steps=2)
+    stopped = gradients(objective, trained)[1]
+    objective.model = replace(objective.model, straight_through_clamp=True)
+    naive = Naive(tiny_parts, trained, original, guidance=3.0)
+    images = naive.vae.decode(naive.last_steps(2)[0] / naive.vae.config.scaling_factor).sample / 2 + 0.5
+    passed = images + (images.clamp(0, 1) - images).detach()
+    ours = gradients(objective, trained)
+    assert_same(ours, naive_gradients(trained, -smooth_reward(passed, PROMPTS).total.mean()))
+    assert sum((ours[1][name] - stopped[name]).abs().sum() for name in stopped) > 1e-3
 
 
 def test_anchor_pulls_the_encoder_back(tiny_parts):

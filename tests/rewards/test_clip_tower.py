@@ -140,17 +140,23 @@ def edit_json(file, **changes):
 DAMAGES = {
     "missing weight": (
         lambda folder: edit_weights(folder, lambda tensors: tensors.pop("visual_projection.weight")),
-        "lacks weights of a CLIPModel: visual_projection.weight",
+        "missing: visual_projection.weight; unexpected: none",
     ),
     "unknown weight": (
         lambda folder: edit_weights(folder, lambda tensors: tensors.update(extra=torch.ones(1))),
-        "holds weights that a CLIPModel does not have: extra",
+        "missing: none; unexpected: extra; of another shape",
     ),
     "another shape": (
         lambda folder: edit_weights(
             folder, lambda tensors: tensors.update({"text_projection.weight": torch.ones(3, 3)})
         ),
-        "whose shape differs from its config: text_projection.weight",
+        "of another shape than its config's: text_projection.weight",
+    ),
+    "half matching": (
+        lambda folder: edit_weights(
+            folder, lambda tensors: tensors.update(extra=tensors.pop("visual_projection.weight"), other=torch.ones(1))
+        ),
+        "missing: visual_projection.weight; unexpected: extra, other; of another shape than its config's: none",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -196,9 +202,9 @@ def test_old_position_ids_are_no_mistake(copied):
     assert load(copied).width == 24
 
 
-@pytest.mark.parametrize("path", ["/nowhere/clip", "./nowhere", "a/b/c", ""])
+@pytest.mark.parametrize("path", ["/nowhere/clip", "./nowhere", "a/b/c", "nowhere.pt", ""])
 def test_a_mistyped_folder_is_not_looked_up_on_the_hub(path):
-    with pytest.raises(UserError, match="must be a folder with a CLIPModel or a hub id"):
+    with pytest.raises(UserError, match="must be a folder with a CLIPModel, a file of open_clip or a hub id"):
         load(path)
 
 

@@ -124,7 +124,10 @@ def test_a_users_class_needs_no_change_here(monkeypatch):
             ("aesthetic", 1.0, "shapes", {"clip_pth": "x"}),
             "no option 'clip_pth'; did you mean 'clip_path'",
         ),
-        (("pathlib:Path", 1.0, "", {}), "'pathlib:Path' must be a subclass of fastcraft.rewards.base.Reward"),
+        (
+            ("pathlib:Path", 1.0, "", {}),
+            "'pathlib:Path' must be a subclass of fastcraft.rewards.base.Reward; a function is",
+        ),
     ],
 )
 def test_recipe_mistakes_are_one_line(spec, message, bundled):

@@ -247,32 +247,3 @@ def test_pickled_clip_weights_are_read_without_running_them(copied):
     torch.save(tensors, copied / "pytorch_model.bin")
     tower = Towers(device="cpu", dtype=torch.float32).clip(str(copied))
     assert torch.equal(tower.model.visual_projection.weight, tensors["visual_projection.weight"])
-
-
-def test_the_conversion_equals_open_clip_itself(standins):
-    """Where the package can be imported; it pulls torchvision, so no extra of this project installs it."""
-    open_clip = pytest.importorskip("open_clip")
-    tower = Towers(device="cpu", dtype=torch.float32).clip(
-        f"{standins['hpsv2'][0]}/HPS_v2_compressed.pt", head_width=80
-    )
-    model = open_clip.model.CLIP(
-        embed_dim=24,
-        vision_cfg={
-            "image_size": 32, "layers": 2, "width": 160, "head_width": 80, "patch_size": 8, "mlp_ratio": 0.4
-        },
-        text_cfg={
-            "context_length": 77, "vocab_size": 514, "width": 128, "heads": 2, "layers": 2, "mlp_ratio": 0.5
-        },
-    ).eval()  # fmt: skip
-    content = torch.load(tower.source, weights_only=True)
-    model.load_state_dict(content["state_dict"])
-    images = torch.rand(2, 3, 32, 32)
-    pixels = tower.preprocessed(images, 32, resize="bicubic", clamp=False)
-    ids = tower.tokenizer(["a cat", "b"], padding="max_length", max_length=77, return_tensors="pt").input_ids
-    with torch.no_grad():
-        torch.testing.assert_close(
-            tower.image_features(images), model.encode_image(pixels, normalize=True), rtol=0, atol=1e-5
-        )
-        torch.testing.assert_close(
-            tower.text_features(["a cat", "b"]), model.encode_text(ids, normalize=True), rtol=0, atol=1e-5
-        )
