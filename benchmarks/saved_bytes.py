@@ -140,7 +140,7 @@ def _kept(call: Callable[[], Tensor], owned: list[Tensor]) -> dict[str, dict[str
         return tensor
 
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", _flash),
+        mock.patch.object(F, "scaled_dot_product_attention", flash),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         output = call()
@@ -163,7 +163,7 @@ def _kept(call: Callable[[], Tensor], owned: list[Tensor]) -> dict[str, dict[str
     return dict(sorted(rows.items(), key=lambda item: -item[1]["mb"]))
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
     """On the meta device PyTorch would take its plain product, which keeps the whole matrix and no GPU run uses."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
 

@@ -51,7 +51,10 @@ def gated(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def resnet(self: Any, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-    """diffusers' ``ResnetBlock2D``: SiLU in the norms; time embedding and first bias as the second norm's shift."""
+    """diffusers' ``ResnetBlock2D``: SiLU in the norms; time embedding and first bias as the second norm's shift.
+
+    The last sum is not made inside the norm that follows, because that norm lies in the next module.
+    """
     hidden_states = _normed(self.norm1, input_tensor, silu=True)
     conv1 = self.conv1
     hidden_states = frozen_conv2d(hidden_states, conv1.weight, None, stride=conv1.stride, padding=conv1.padding)
