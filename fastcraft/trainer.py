@@ -141,20 +141,22 @@ class Trainer:
         return None
 
     def _backward(self, loss: Tensor) -> None:
-        """The engine's backward; an out-of-memory error becomes `MemoryRanOutError` where nothing is half done.
+        """The engine's backward.
 
         Raises:
-            TrainingFailed: ranks are several (the others wait in a collective), or gradients have reached the weights.
+            MemoryRanOutError: on every rank, with nothing half done.
+            TrainingFailed: memory ran out inside the trained encoder, whose gradients are half added up by then.
         """
         try:
-            return self.engine.backward(loss)
+            self.engine.backward(loss)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error).splitlines()[0]
-        if world_size() > 1 or self.engine.gradient_arrived:
-            raise TrainingFailed(f"out of memory in backward; give memory.budget_gib less: {message}")
-        raise MemoryRanOutError(message)
+            raise TrainingFailed(
+                "out of memory in the text encoder's backward, where gradients are being added up and a step cannot be "
+                f"begun again; set text.gradient_checkpointing or give memory.budget_gib less: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
     def _fall_back(self, statistics: dict[str, Tensor]) -> None:
         """Plan with less memory from now on, and undo what the failed micro-step told the rewards; said once.
@@ -165,7 +167,7 @@ class Trainer:
         if self.parts.auto is None:
             raise TrainingFailed("out of memory; memory.policy = 'auto' plans with less by itself")
         note = self.parts.auto.fall_back(self.recipe.objective.backprop_steps)
-        if note is None:
+        if any(agree([note is None])):
             raise TrainingFailed("out of memory under the smallest plan; take a smaller train.batch_size")
         self.parts.rewards.load_state_dict(statistics)
         if self.parts.image_model.device.type == "cuda":

@@ -4,7 +4,7 @@ import torch
 
 
 class MemoryRanOutError(Exception):
-    """A micro-step did not fit, on this rank or another; nothing of the trained weights has been touched."""
+    """A micro-step did not fit, on this rank or another; no rank has added up or exchanged a gradient."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

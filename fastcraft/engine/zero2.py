@@ -17,9 +17,10 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
-from fastcraft.engine.agreement import barrier, close_distributed, rank, world_size
+from fastcraft.engine.agreement import agree, barrier, close_distributed, rank, world_size
 from fastcraft.engine.ds_config import fill_ds_config, load_ds_config
 from fastcraft.engine.keymap import parameter_group
+from fastcraft.engine.out_of_memory import MemoryRanOutError, is_out_of_memory
 from fastcraft.engine.schedule import lr_at
 from fastcraft.errors import UserError
 
@@ -136,35 +137,46 @@ class Zero2Engine:
             raise UserError(f"--ds_config: DeepSpeed refuses it: {str(error).splitlines()[0]}") from error
         self.module = module
         self._updates = 0
-        self._awaits_step = False
-        self.gradient_arrived = False
+        self._awaits_step = self._watched = self.gradient_arrived = False
         self._make_moments()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward under autocast; once per micro-step when gradients are on."""
         output = self._engine(*args, **kwargs)
         self.gradient_arrived = False
-        if isinstance(output, Tensor) and output.requires_grad:
+        self._watched = isinstance(output, Tensor) and output.requires_grad
+        if self._watched:
             output.register_hook(self._note_arrival)
         return output
 
     forward = __call__
 
     def _note_arrival(self, gradient: Tensor) -> None:
+        """The last moment at which all ranks can leave backward together."""
+        if any(agree([False])):
+            raise MemoryRanOutError("on another rank")
         self.gradient_arrived = True
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a scalar loss.
 
-        An error before the gradient has come to the module (``gradient_arrived``) leaves everything as it was: the
-        micro-step may be done again.
+        When the gradient comes to the module, ranks agree that all have got so far; one whose memory ran out before
+        makes all leave, with nothing added up or exchanged: the micro-step may be done again. After that buckets are
+        being reduced, and a rank that left would keep the others waiting.
 
         Raises:
-            RuntimeError: a second call before `step`; DeepSpeed would silently drop the first one's gradient.
+            MemoryRanOutError: on every rank, if memory ran out on one before the gradient arrived.
+            RuntimeError: memory ran out later; or a second call before `step`: DeepSpeed would drop the first gradient.
         """
         if self._awaits_step:
             raise RuntimeError("backward was called twice in one micro-step; call step() after each backward")
-        self._engine.backward(loss)
+        try:
+            self._engine.backward(loss)
+        except RuntimeError as error:
+            if self.gradient_arrived or not self._watched or not is_out_of_memory(error):
+                raise
+            agree([True])
+            raise MemoryRanOutError(str(error).splitlines()[0]) from error
         self._awaits_step = True
 
     def step(self) -> StepResult:

@@ -75,7 +75,13 @@ def results(job):
 
 @pytest.mark.parametrize(
     ("run", "tolerance"),
-    [("zero2", 1e-6), ("zero2_accumulated", 1e-6), ("zero1_accumulated", 1e-6), ("zero2_bf16", 5e-2)],
+    [
+        ("zero2", 1e-6),
+        ("zero2_accumulated", 1e-6),
+        ("zero1_accumulated", 1e-6),
+        ("zero2_bf16", 5e-2),
+        ("zero2_again", 1e-6),
+    ],
 )
 def test_two_ranks_have_the_gradient_of_the_joined_batch(run, tolerance, job, make_text_model, input_ids):
     model = make_text_model()
@@ -112,6 +118,12 @@ def test_two_ranks_go_on_as_one(job, make_engine, micro_step, input_ids):
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(results):
     assert [checks["nan_on_rank_1"] for checks in results] == [True, True]
+
+
+def test_a_rank_without_memory_makes_all_leave_backward_and_begin_again(results):
+    ran_out = "CUDA out of memory. Tried to allocate 20.00 MiB"
+    assert [checks["out_of_memory"] for checks in results] == [["on another rank", "done"], [ran_out, "done"]]
+    assert all(checks["stepped"] for checks in results)
 
 
 def test_every_rank_hears_a_flag_of_any(results):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastcraft.diffusion import unroll
+from fastcraft.text.encoder import TextEncoder
 from fastcraft.train import main
 
 DS_CONFIG = str(Path(__file__).parents[2] / "ds_configs" / "zero2.json")
@@ -114,6 +115,26 @@ def test_the_step_is_done_again_with_less(recipe, tmp_path, monkeypatch, capsys,
     printed = "".join(capsys.readouterr())
     assert printed.count("out of memory under") == 1
     assert "step 1: out of memory under 2 keep" in printed
+
+
+def test_memory_that_runs_out_inside_the_encoder_ends_the_run(recipe, tmp_path, monkeypatch, capsys):
+    """There gradients are half added up: doing the step again would count them twice."""
+    forward = TextEncoder.forward
+
+    def failing(self, input_ids):
+        inner = forward(self, input_ids)
+        if inner.requires_grad and type(inner) is torch.Tensor:
+            inner.register_hook(fail)
+        return inner * 1
+
+    def fail(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore")
+
+    monkeypatch.setattr(TextEncoder, "forward", failing)
+    assert run(recipe, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "out of memory in the text encoder's backward, where gradients are being added up" in error
+    assert "Tried to allocate 20.00 MiB" in error
 
 
 def test_the_end_of_the_way_down_is_said(recipe, tmp_path, monkeypatch, capsys):
