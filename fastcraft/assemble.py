@@ -77,8 +77,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     dtype = getattr(torch, recipe.train.dtype)
     if not recipe.rewards:
         raise UserError("rewards: at least one [[rewards]] table is required, got none")
-    switches = {"compile": recipe.kernels.compile, "cuda_graphs": recipe.kernels.cuda_graphs}
-    refuse_acceleration(**switches, device_type=device.type, policy=recipe.memory.policy)
+    _refuse_acceleration(recipe, device)
     if recipe.memory.policy != "auto":
         policy_of(recipe, None, device)  # a wrong name is said before anything is loaded
     sampler_class = SAMPLERS.get(recipe.sampler.name)
@@ -288,9 +287,9 @@ def prompt_file(path: str) -> Path:
 
 def _accelerated(recipe: Recipe, model: ImageModel, plan: CheckpointPlan) -> tuple[ImageModel, str]:
     """The model with its UNet compiled or in graphs, checked; and what to tell the person."""
-    switches = {"compile": recipe.kernels.compile, "cuda_graphs": recipe.kernels.cuda_graphs}
-    refuse_acceleration(**switches, device_type=model.device.type, plan=plan, policy=recipe.memory.policy)
-    if set(switches.values()) == {"none"}:
+    _refuse_acceleration(recipe, model.device, plan)
+    kernels = recipe.kernels
+    if kernels.compile == kernels.cuda_graphs == "none":
         return model, ""
     objective, total = recipe.objective, recipe.sampler.num_inference_steps
     probe = Probe(
@@ -305,8 +304,18 @@ def _accelerated(recipe: Recipe, model: ImageModel, plan: CheckpointPlan) -> tup
         ),
         uncond_trained=recipe.text.uncond_encoder == "trained",
     )
-    unet, said = accelerate(probe, **switches)
+    unet, said = accelerate(probe, compile=kernels.compile, cuda_graphs=kernels.cuda_graphs)
     return dataclasses.replace(model, unet=unet), said
+
+
+def _refuse_acceleration(recipe: Recipe, device: torch.device, plan: CheckpointPlan | None = None) -> None:
+    refuse_acceleration(
+        compile=recipe.kernels.compile,
+        cuda_graphs=recipe.kernels.cuda_graphs,
+        device_type=device.type,
+        plan=plan,
+        policy=recipe.memory.policy,
+    )
 
 
 def _count_truncated(tokenizer: Any, prompts: Sequence[str]) -> str:

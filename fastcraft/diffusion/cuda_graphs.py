@@ -178,7 +178,7 @@ class GraphedCall:
             output = lease.slot.forward(inputs)
             lease.end()
             return output
-        return _Replayed.apply(self, key, lease, keep, *inputs)  # type: ignore[no-any-return]
+        return _Replayed.apply(self, key, lease, keep, *inputs)
 
     def lease(self, key: Key) -> _Lease | None:
         """A slot that no other call holds, or None."""

@@ -110,9 +110,9 @@ def accelerate(
             found = probe.run(fast)
     except (torch.OutOfMemoryError, UserError):
         raise
-    except Exception as error:  # compilers and drivers raise whatever they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{named}: cannot be had here: {type(error).__name__}: {reason}") from error
+    except Exception as failure:  # compilers and drivers raise whatever they like
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise UserError(f"{named}: cannot be had here: {type(failure).__name__}: {reason}") from failure
     worst = {}
     for kind, names in _kinds(eager).items():
         floor = max(distance(_joined(own[0], names), _joined(own[1], names)), torch.finfo(torch.float32).eps)
