@@ -2,6 +2,7 @@
 
 `AcceleratedUNet` stands where the denoising loop calls a UNet prepared by `use_text_kv`, patched or not. Two kinds of
 calls are told apart: without gradient (the prefix, and sampling) the compiler may freeze the weights into the code.
+Where steps with gradient are compiled or replayed, autograd adds up what they send to the text, in the UNet's dtype.
 
 Inductor's layout optimisation is off on a CPU: with it the gradient of a compiled whole UNet is wrong there (torch
 2.13, relative error 0.4), while its output is right. `fastcraft.diffusion.parity` looks for such errors at the start of
@@ -115,6 +116,8 @@ class AcceleratedUNet:
         inputs = (sample, timestep, *text_kv.flat())
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             return (self._without_grad(text_kv, inputs),)
+        if not self.graphs_grad and self.compiles in ("none", "prefix"):
+            return (_run(self.unet, sample, timestep, text_kv),)
         call = _flat_call(self._compiled, text_kv)
         if self.graphs_grad:
             assert self._graphs is not None

@@ -45,21 +45,24 @@ class Probe:
     def run(self, unet: Any) -> dict[str, Tensor]:
         """Name -> what is compared, on the device; the unet's weights may be of a wider dtype than the model's."""
         model, depth = replace(self.model, unet=unet, on_step=None), min(_MAX_STEPS, len(self.plan.steps))
-        frozen = min(1, self.trajectory.num_steps - len(self.plan.steps))
-        options = replace(self.trajectory, predict_original=True, row_starts=())
+        num_free = self.trajectory.num_steps - len(self.plan.steps)
+        frozen = min(1, num_free)
+        last = self.trajectory.num_steps - num_free // 3  # elsewhere x0 hangs on the prediction too much or too little
+        first, options = last - depth, replace(self.trajectory, predict_original=True, row_starts=())
         latents, noises = model.noise(range(self.batch_size))
         text_kv = self._text_kv(unet.dtype)
+        inputs = {"text_kv": text_kv, "prefix_kv": text_kv.detach(), "noises": noises, "start": first - frozen}
         found = {}
         if frozen:
-            found["prefix"] = model.denoise(
-                latents, text_kv=text_kv, prefix_kv=text_kv.detach(), noises=noises,
-                trajectory=replace(options, num_steps=frozen, grad_steps=()), plan=CheckpointPlan(steps=()),
-            ).clone()  # fmt: skip
+            ended = replace(options, num_steps=first, grad_steps=())
+            prefix = model.denoise(latents, trajectory=ended, plan=CheckpointPlan(steps=()), **inputs)
+            found["prefix"] = prefix.clone()
         end = model.denoise(
-            latents, text_kv=text_kv, prefix_kv=text_kv.detach(), noises=noises,
-            trajectory=replace(options, num_steps=frozen + depth, grad_steps=tuple(range(frozen, frozen + depth))),
+            latents,
+            trajectory=replace(options, num_steps=last, grad_steps=tuple(range(first, last))),
             plan=CheckpointPlan(steps=self.plan.steps[-depth:], segments=(depth,) if self.plan.segments else ()),
-        )  # fmt: skip
+            **inputs,
+        )
         found["step"] = end.detach()
         cotangent = torch.randn(end.shape, generator=torch.Generator().manual_seed(1)).to(end)
         wanted = [tensor for tensor in text_kv.flat() if tensor.requires_grad]
