@@ -171,7 +171,7 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
                 )
             )
         trainer = Trainer(recipe, parts, engine=engine, run_dir=run_dir, interrupt=interrupt, record=record)
-        for note in (parts.prompts_summary, *notes):
+        for note in filter(None, (parts.prompts_summary, parts.acceleration, *notes)):
             trainer.say(note)
         if checkpoint is not None:
             trainer.restore(checkpoint)
