@@ -40,10 +40,10 @@ class Op(NamedTuple):
 class Work:
     """Ops of a phase with their number of calls, and what was noticed on the way.
 
-    ``attention`` names every attention op that ran; ``uncounted`` the fused ops that multiply
-    matrices and have no FLOP formula.
-    ``num_calls`` are all that went through the dispatcher, views too; ``num_selected`` those of them that selective
-    checkpointing looked at. ``copied_bytes`` cross to the host or back meanwhile, for one sample.
+    ``attention`` names every attention op that ran; ``uncounted`` the fused ops that multiply matrices
+    and have no FLOP formula. ``num_calls`` are all that went through the dispatcher, views too; ``num_selected`` those
+    of them that selective checkpointing looked at. ``copied_bytes`` cross to the host or back meanwhile, for one
+    sample.
     """
 
     ops: Mapping[Op, int]
