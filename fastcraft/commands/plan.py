@@ -1,6 +1,7 @@
 """``fastcraft plan``: memory and time of a training step on a card that need not be there."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from fastcraft.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fastcraft.diffusion.patch import Patch
     from fastcraft.forecast.networks import Networks
     from fastcraft.memory.planner import Choice, Planner
     from fastcraft.records import CheckpointPlan
@@ -43,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a stop-gradient on the UNet's latents: objective.input_grad = false",
     )
+    add(
+        "--kernels", choices=("auto", "reference"), default="auto",
+        help="auto: UNet, VAE and rewards with the fused ops, as a run on CUDA has them; reference: without",
+    )  # fmt: skip
     add("--policy", default="auto", metavar="POLICY", help="predict this memory.policy instead of planning")
     add("--json", type=Path, metavar="FILE", help="write everything there too")
 
@@ -64,10 +70,12 @@ def run(args: argparse.Namespace) -> int:
             input_grad=not args.no_input_grad,
         )  # fmt: skip
     named = set(make_plan(args.depth).steps) if make_plan else set()
-    estimate = cached_estimate(
-        networks(args), guided=args.guidance != 1, world_size=args.world_size,
-        treatments=tuple(sorted({*TREATMENTS, *OFFLOADS, *named})),
-    )  # fmt: skip
+    found = networks(args)
+    with contextlib.nullcontext() if args.kernels == "reference" else _fused(found):
+        estimate = cached_estimate(
+            found, guided=args.guidance != 1, world_size=args.world_size,
+            treatments=tuple(sorted({*TREATMENTS, *OFFLOADS, *named})),
+        )  # fmt: skip
     planner = Planner(estimate, card, num_inference_steps=args.steps, input_grad=not args.no_input_grad)
     sizes = [args.batch] if args.batch else list(BATCH_SIZES)
     rows = _rows(planner, make_plan, args, sizes)
@@ -77,6 +85,12 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(_as_json(planner, best, rows, args), indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _fused(found: "Networks") -> "Patch":
+    from fastcraft.diffusion.patch import Patch
+
+    return Patch(found.unet, found.vae, *found.rewards.image_networks)  # type: ignore[misc]
 
 
 def networks(args: argparse.Namespace) -> "Networks":
@@ -172,6 +186,7 @@ def _report(planner: "Planner", best: "Choice", rows: list["Choice"], args: argp
     lines = [
         f"model      {estimate.model}, {estimate.resolution} px, {estimate.dtype}, "
         f"{'guided' if estimate.guided else 'not guided'}, T = {args.steps}, K = {args.depth}; rewards {args.rewards}",
+        f"kernels    {'fused ops, as on CUDA' if args.kernels == 'auto' else 'none'}",
         f"device     {card.name}: {_gib(card.memory_bytes)}, {_gib(planner.budget_bytes)} of it for tensors",
         f"attention  {', '.join(name for name in estimate.attention if not name.endswith('backward'))}",
         f"errors     allow for {ERROR_BANDS['peak_bytes']:.0%} of bytes, {ERROR_BANDS['seconds']:.0%} of time: {known}",

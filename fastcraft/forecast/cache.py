@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,21 @@ def cached_estimate(networks: Networks, *, folder: Path | None = None, **options
     return estimate
 
 
+def _replaced(module: Any) -> Iterator[tuple[str, str, str]]:
+    """(module, attribute, what it is called) of functions and attention processors that an instance has of its own."""
+    for name, child in module.named_modules():
+        for key, value in child.__dict__.items():
+            if callable(value):
+                yield name, key, getattr(value, "__qualname__", type(value).__qualname__)
+
+
 def _digest(networks: Networks, options: Mapping[str, Any]) -> str:
     """Everything that an estimate depends on, as one name."""
     digest = hashlib.sha256()
     modules = [networks.unet, networks.vae, *networks.text_encoders, networks.rewards]
     for module in modules:
         digest.update(repr(module).encode())
+        digest.update(repr(list(_replaced(module))).encode())  # a patched module looks like any other
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}".encode())
     rest = (networks.name, networks.latent_shape, networks.dtype, networks.text_length, sorted(options.items()))

@@ -46,6 +46,11 @@ class TowerRewards(nn.Module):
         self.towers = nn.ModuleList(freeze(model).to(dtype) for model in models)
         self.dtype = dtype
 
+    @property
+    def image_networks(self) -> list[nn.Module]:
+        """As those of `WeightedRewards`."""
+        return [tower.vision_model for tower in self.towers]  # type: ignore[misc]
+
     def forward(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """``(B, 3, H, W)`` to a total of ``(B,)`` float32."""
         total = images.mean(dim=(1, 2, 3)) * 0

@@ -16,6 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 _CONV = {"convolution", "convolution_backward", "_convolution", "frozen_conv2d"}
+_PRODUCTS = (
+    "attention",
+    "conv",
+    "linear",
+)  # in the name of a fused op that multiplies matrices; others only move bytes
 _COMPOSITE = "scaled_dot_product_attention"  # seen in inference mode only; what it becomes there has no name here
 
 
@@ -35,9 +40,10 @@ class Op(NamedTuple):
 class Work:
     """Ops of a phase with their number of calls, and what was noticed on the way.
 
-    ``attention`` names every attention op that ran; ``uncounted`` the fastcraft ops without a FLOP formula.
-    ``num_calls`` are all that went through the dispatcher, views too; ``num_selected`` those of them that selective
-    checkpointing looked at. ``copied_bytes`` cross to the host or back meanwhile, for one sample.
+    ``attention`` names every attention op that ran; ``uncounted`` the fused ops that multiply matrices
+    and have no FLOP formula. ``num_calls`` are all that went through the dispatcher, views too; ``num_selected`` those
+    of them that selective checkpointing looked at. ``copied_bytes`` cross to the host or back meanwhile, for one
+    sample.
     """
 
     ops: Mapping[Op, int]
@@ -126,7 +132,7 @@ class AllocationTracker(TorchDispatchMode):
             flops = int(traits.formula(*args, **kwargs, out_val=result))
         elif traits.attends:
             flops = _attention_flops(inputs, backward=traits.name.endswith("backward"))
-        elif traits.name.startswith("fastcraft."):
+        elif traits.name.startswith("fastcraft.") and any(word in traits.name for word in _PRODUCTS):
             self._uncounted.add(traits.name)
         if kind == "attention" and not traits.name.endswith("." + _COMPOSITE):
             self._attention.add(traits.name)

@@ -27,6 +27,16 @@ def test_prints_and_writes_the_plan(tiny_pipeline, tmp_path, capsys):
     assert result["calibrated"] is False
 
 
+def test_the_fused_ops_are_part_of_it_unless_asked_otherwise(tiny_pipeline, tmp_path, capsys):
+    file, saved = tmp_path / "plan.json", []
+    for kernels in ("auto", "reference"):
+        options = ["--device", "h200", "--depth", "2", "--batch", "1", "--policy", "none", "--json", str(file)]
+        assert plan(tiny_pipeline, *options, "--kernels", kernels) == 0
+        saved.append(json.loads(file.read_text())["best"]["prediction"]["saved_bytes"])
+    assert saved[0] < 0.8 * saved[1]
+    assert "kernels    none" in capsys.readouterr().out
+
+
 def test_another_policy_is_predicted_as_it_is(tiny_pipeline, capsys):
     assert plan(tiny_pipeline, "--device", "h200", "--depth", "4", "--batch", "2", "--policy", "segment:2") == 0
     assert "batch 2: 4 keep in segments of 2; decode recompute, 2 at once" in capsys.readouterr().out

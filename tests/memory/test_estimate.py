@@ -1,5 +1,6 @@
 """The estimate: one rule of counting for real, fake and meta tensors; and a sum of phases that meets the whole step."""
 
+import contextlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -10,14 +11,16 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.saved_bytes import RESULTS, total_mb
 from fastcraft.diffusion.components import load_components
 from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.offload import offload_contexts
+from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.treatments import is_one_of
 from fastcraft.diffusion.unroll import predict_noise
-from fastcraft.forecast.cache import cached_estimate
+from fastcraft.forecast.cache import _digest, cached_estimate
 from fastcraft.forecast.networks import Networks, networks_from_configs
 from fastcraft.forecast.phases import OFFLOADS, TREATMENTS, estimate_step, hollow, keep_differentiable
 from fastcraft.memory.architectures import MODELS, towers_of
@@ -269,6 +272,20 @@ def test_stable_diffusion_takes_what_was_measured(sd15):
     assert keep.backward.flops / 1e12 == pytest.approx(1.985, rel=0.01)
     assert sd15.steps[RECOMPUTE].held.each == 4 * 4 * 64 * 64  # one latent
     assert sd15.static["UNet"] / MIB == pytest.approx(1639.4, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "patched"])
+def test_one_row_and_step_keeps_what_saved_bytes_counts(kind):
+    """Of Stable Diffusion 1.5, counted in two ways; and a patched estimate is never taken for a plain one."""
+    counted = json.loads((RESULTS / "saved_bytes.json").read_text())["models"]["sd15@512"][kind]
+    networks = networks_from_configs("sd15", MODELS["sd15"], towers=[], dtype=torch.bfloat16)
+    before = _digest(networks, {})
+    with Patch(networks.unet, networks.vae) if kind == "patched" else contextlib.nullcontext():
+        estimate = estimate_step(networks, guided=False, treatments=(KEEP,))
+        assert (_digest(networks, {}) == before) == (kind == "plain")
+    assert estimate.steps[KEEP].held.each / 1e6 == pytest.approx(total_mb(counted), rel=0.005)
+    assert not estimate.uncounted
+    assert _digest(networks, {}) == before
 
 
 def test_attention_is_the_fused_op_of_a_card(sd15):
