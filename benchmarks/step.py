@@ -46,6 +46,12 @@ def loops() -> list[Loop]:
     def reuse(times: int) -> tuple[str, str]:
         return f"memory.prefix_reuse={times}", "memory.prefix_pool={batch_size}"
 
+    def graphs(calls: str) -> tuple[str, ...]:
+        return *fused, f"kernels.cuda_graphs={calls}"
+
+    def compiled(part: str) -> tuple[str, ...]:
+        return *fused, f"kernels.compile={part}"
+
     ours = [
         Loop(key="step", name="fastcraft: text keys once", overrides=stepwise),
         Loop(key="none", name="+ no recompute", overrides=keep),
@@ -55,6 +61,10 @@ def loops() -> list[Loop]:
             for n in (2, 4, 8)
         ),
         Loop(key="head", name="fastcraft, no reuse, head 2 by 2", overrides=(*fused, parts)),
+        Loop(key="graphed", name="fastcraft, prefix from a CUDA graph", overrides=graphs("prefix"), needs_gpu=True),
+        Loop(key="graphs", name="fastcraft, every step from CUDA graphs", overrides=graphs("all"), needs_gpu=True),
+        Loop(key="blocks", name="fastcraft, compiled blocks", overrides=compiled("blocks"), needs_gpu=True),
+        Loop(key="whole", name="fastcraft, whole UNet compiled", overrides=compiled("whole")),
         Loop(
             key="lean8",
             name="fastcraft, least memory, each prefix used 8x",
@@ -81,7 +91,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         return result
     if "OutOfMemoryError" in done.stderr or "out of memory" in done.stderr:
         return {"error": "out of memory"}
-    if "the compiled UNet's gradient differs" in done.stderr:
+    if "the compiled UNet's gradient differs" in done.stderr or "differs from eager's by" in done.stderr:
         return {"error": done.stderr.strip().splitlines()[-1]}
     raise SystemExit(f"benchmarks.step: {job} failed:\n{done.stderr[-3000:]}")
 
