@@ -1,9 +1,11 @@
-"""Reward towers of full size with random weights: ``python -m benchmarks.rewards agreement|cost [--out FILE]``.
+"""Reward towers of full size with random weights: ``python -m benchmarks.rewards agreement|cost|patch [--out FILE]``.
 
 ``agreement``: scores of pictures in bfloat16 against float32: rank correlation, largest difference, spread; one tower
 in memory at a time. ``cost``: forward and backward per picture, as ratios within one run: preprocessing shared or not,
-one tower for two rewards or two, text features kept or not. On a CPU the time is the process's own, so that other work
-on the machine weighs little; on a GPU it is the clock's.
+one tower for two rewards or two, text features kept or not. ``patch``: forward and backward of each tower on
+transformers' own modules and on the fused ops, taking turns, and how far apart their results are; without a GPU the ops
+are plain PyTorch, which rehearses the command and says nothing about the kernels. On a CPU the time is the process's
+own, so that other work on the machine weighs little; on a GPU it is the clock's.
 """
 
 import argparse
@@ -12,12 +14,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastcraft.diffusion.patch import Patch
 from fastcraft.evaluation.environment import environment
 from fastcraft.rewards.affine_head import AffineHead
 from fastcraft.rewards.base import Reward
@@ -187,6 +191,42 @@ def cost(*, image_size: int, layers: int, rounds: int, dtype: torch.dtype, devic
     }
 
 
+def patch(
+    tower: str, *, batch: int, image_size: int, layers: int, rounds: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Transformers' own modules against the fused ops: seconds, peak memory on CUDA, largest difference of the scores
+    and cosine of the two gradients at the pictures.
+    """
+    reward = make_reward(tower, image_size=image_size, layers=layers).to(device)
+    reward.tower.to(dtype)
+    images = pictures(batch).to(device).requires_grad_()
+    results: dict[str, list[Tensor]] = {}
+    rows: dict[str, Any] = {"seconds": {"plain": [], "patched": []}, "peak_mib": {}}
+
+    def score() -> list[Tensor]:
+        scores = reward(images, ["a"] * batch)
+        return [scores.detach(), *torch.autograd.grad(scores.sum(), images)]
+
+    for _ in range(rounds):
+        for name, block in (("plain", nullcontext()), ("patched", Patch(reward.tower.image_network))):
+            with block:
+                results[name] = score()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                rows["seconds"][name] += measure({name: score}, rounds=1, device=device)[name]
+                if device.type == "cuda":
+                    rows["peak_mib"][name] = torch.cuda.max_memory_allocated(device) / 2**20
+    (plain, slope), (ours, our_slope) = results["plain"], results["patched"]
+    middle = {name: statistics.median(values) for name, values in rows["seconds"].items()}
+    return rows | {
+        "plain / patched": middle["plain"] / middle["patched"],
+        "largest_difference": (plain - ours).abs().max().item(),
+        "gradient_cosine": torch.cosine_similarity(slope.flatten(), our_slope.flatten(), dim=0).item(),
+        "batch": batch,
+        "dtype": str(dtype),
+    }
+
+
 def measure(cases: dict[str, Callable[[], None]], *, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each case, the cases taking turns; a first round is not counted."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
@@ -205,24 +245,29 @@ def measure(cases: dict[str, Callable[[], None]], *, rounds: int, device: torch.
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["agreement", "cost"])
-    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS), help="for agreement")
+    parser.add_argument("part", choices=["agreement", "cost", "patch"])
+    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS), help="for agreement and patch")
     parser.add_argument("--images", type=int, default=64, help="for agreement")
     parser.add_argument("--size", type=int, default=224, help="pixels that the image half sees")
     parser.add_argument("--layers", type=int, default=0, help="0 = full depth; to rehearse on a small machine")
-    parser.add_argument("--rounds", type=int, default=5, help="for cost")
+    parser.add_argument("--rounds", type=int, default=5, help="for cost and patch")
+    parser.add_argument("--batch", type=int, default=4, help="for patch")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     sizes = {"image_size": args.size, "layers": args.layers, "device": device}
     if args.part == "cost":
         rows: dict[str, Any] = cost(rounds=args.rounds, dtype=torch.bfloat16, **sizes)
+    elif args.part == "patch":
+        timed = {"batch": args.batch, "rounds": args.rounds, "dtype": torch.bfloat16}
+        rows = {tower: patch(tower, **timed, **sizes) for tower in args.towers}
     else:
         rows = {tower: agreement(tower, number=args.images, **sizes) for tower in args.towers}
     print(json.dumps(rows, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        flags = f"--images {args.images} --towers {' '.join(args.towers)}" if args.part == "agreement" else ""
+        flags = "" if args.part == "cost" else f"--towers {' '.join(args.towers)}"
+        flags += {"agreement": f" --images {args.images}", "patch": f" --batch {args.batch}"}.get(args.part, "")
         command = f"python -m benchmarks.rewards {args.part} --size {args.size} --layers {args.layers} {flags}".rstrip()
         result = {"command": command, "environment": environment(), "threads": torch.get_num_threads(), "rows": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n")

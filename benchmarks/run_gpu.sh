@@ -64,7 +64,8 @@ for part in "$@"; do
                 --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" --set train.dtype="$dtype" ;;
         rewards)
             python3 -m benchmarks.rewards agreement --images "$images" --size "$pixels" --layers "$layers" --out "$OUT/rewards_agreement.json"
-            python3 -m benchmarks.rewards cost --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_cost.json" ;;
+            python3 -m benchmarks.rewards cost --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_cost.json"
+            python3 -m benchmarks.rewards patch --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_patch.json" ;;
         memory)
             models
             python3 -m benchmarks.memory_by_depth --recipe textcraftor_sd15 --depths "$depths" --repeats 2 --out "$OUT" \

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fastcraft.data.order import PromptOrder
 from fastcraft.data.prompts import load_prompts
+from fastcraft.diffusion.acceleration import COMPILED_TREATMENTS, refuse_acceleration
 from fastcraft.diffusion.components import Components, load_components
 from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.diffusion.parity import Probe, accelerate
 from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
@@ -28,7 +30,7 @@ from fastcraft.memory.policies import plan_maker
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
 from fastcraft.recipe import Recipe, RewardConfig
-from fastcraft.records import CheckpointPlan
+from fastcraft.records import CheckpointPlan, Trajectory
 from fastcraft.registry import resolve
 from fastcraft.rewards import RewardSpec, build_rewards
 from fastcraft.rewards.clip_tower import Towers
@@ -58,6 +60,7 @@ class Parts:
     exam: Exam | None
     make_plan: Callable[[int], CheckpointPlan]
     auto: AutoPlan | None = None
+    acceleration: str = ""
 
 
 def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
@@ -73,6 +76,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     dtype = getattr(torch, recipe.train.dtype)
     if not recipe.rewards:
         raise UserError("rewards: at least one [[rewards]] table is required, got none")
+    _refuse_acceleration(recipe, device)
     if recipe.memory.policy != "auto":
         policy_of(recipe, None, device)  # a wrong name is said before anything is loaded
     sampler_class = SAMPLERS.get(recipe.sampler.name)
@@ -114,19 +118,21 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     )
     networks = networks_of(components, trained, rewards, name=recipe.model.path)
     make_plan, auto = policy_of(recipe, networks, device)
+    image_model = ImageModel(
+        unet=components.unet,
+        vae=components.vae,
+        sampler=sampler,
+        guidance_scale=recipe.sampler.guidance_scale,
+        latent_shape=components.latent_shape,
+        device=device,
+        straight_through_clamp=recipe.objective.straight_through_clamp,
+    )
+    image_model, acceleration = _accelerated(recipe, image_model, make_plan(recipe.objective.backprop_steps))
     return Parts(
         components=components,
         trained=trained,
         original=original,
-        image_model=ImageModel(
-            unet=components.unet,
-            vae=components.vae,
-            sampler=sampler,
-            guidance_scale=recipe.sampler.guidance_scale,
-            latent_shape=components.latent_shape,
-            device=device,
-            straight_through_clamp=recipe.objective.straight_through_clamp,
-        ),
+        image_model=image_model,
         rewards=rewards,
         held_out=held_out,
         prompts=source.prompts,
@@ -135,6 +141,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         exam=exam,
         make_plan=make_plan,
         auto=auto,
+        acceleration=acceleration,
     )
 
 
@@ -173,7 +180,9 @@ def policy_of(
     """
     depth, memory = recipe.objective.backprop_steps, recipe.memory
     if memory.policy == "auto" and networks is not None:
-        auto = AutoPlan(run_planner(recipe, networks, device), batch_size=recipe.train.batch_size)
+        treatments = COMPILED_TREATMENTS.get(recipe.kernels.compile, ())
+        planner = run_planner(recipe, networks, device, treatments=treatments)
+        auto = AutoPlan(planner, batch_size=recipe.train.batch_size)
         auto.choose(depth)
         return auto.plan, auto
     make = plan_maker(
@@ -253,7 +262,7 @@ def _prefixes(recipe: Recipe, parts: Parts) -> Prefixes:
         "schedule": dataclasses.asdict(parts.components.schedule),
         "latent_shape": model.latent_shape,
         "device": model.device.type,
-        "kernels": recipe.kernels.backend,
+        "kernels": (recipe.kernels.backend, recipe.kernels.compile),
     }
     context = prefix_context([model.unet, parts.original], settings)
     return Prefixes(store=DiskStore(Path(memory.prefix_store).expanduser(), max_bytes=max_bytes), context=context)
@@ -273,6 +282,39 @@ def prompt_file(path: str) -> Path:
         known = ", ".join(f"shapes:{other.stem}" for other in sorted(file.parent.glob("*.txt")))
         raise UserError(f"prompts.path: unknown bundled prompts {path!r}; known: {known}")
     return file
+
+
+def _accelerated(recipe: Recipe, model: ImageModel, plan: CheckpointPlan) -> tuple[ImageModel, str]:
+    """The model with its UNet compiled or in graphs, checked; and what to tell the person."""
+    _refuse_acceleration(recipe, model.device, plan)
+    kernels = recipe.kernels
+    if kernels.compile == kernels.cuda_graphs == "none":
+        return model, ""
+    objective, total = recipe.objective, recipe.sampler.num_inference_steps
+    probe = Probe(
+        model=model,
+        batch_size=recipe.train.batch_size,
+        plan=plan,
+        trajectory=Trajectory(
+            num_steps=total,
+            grad_steps=tuple(range(total - len(plan.steps), total)),
+            input_grad=objective.input_grad,
+            uncond_grad=objective.uncond_grad,
+        ),
+        uncond_trained=recipe.text.uncond_encoder == "trained",
+    )
+    unet, said = accelerate(probe, compile=kernels.compile, cuda_graphs=kernels.cuda_graphs)
+    return dataclasses.replace(model, unet=unet), said
+
+
+def _refuse_acceleration(recipe: Recipe, device: torch.device, plan: CheckpointPlan | None = None) -> None:
+    refuse_acceleration(
+        compile=recipe.kernels.compile,
+        cuda_graphs=recipe.kernels.cuda_graphs,
+        device_type=device.type,
+        plan=plan,
+        policy=recipe.memory.policy,
+    )
 
 
 def _count_truncated(tokenizer: Any, prompts: Sequence[str]) -> str:

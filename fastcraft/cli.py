@@ -1,13 +1,11 @@
 """The console command ``fastcraft``: finds the subcommand and hands over."""
 
-import argparse
 import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from fastcraft.errors import UserError
+from fastcraft.errors import CommandLine, UserError
 
 COMMANDS = {
     "info": "fastcraft.commands.info",
@@ -18,20 +16,14 @@ COMMANDS = {
 """Name -> module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> exit status``; cheap to import."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other bad input."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input (one line, no traceback), else what the subcommand says."""
-    parser = _Parser(
+    parser = CommandLine(
         prog="fastcraft",
         description="Tools around the fine-tuning of text encoders by rewards. Training itself: fastcraft/train.py.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandLine)
     modules = {name: importlib.import_module(path) for name, path in COMMANDS.items()}
     for name, module in modules.items():
         own = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)

@@ -24,6 +24,7 @@ def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
         f"parameters  {trainable:,} trainable, {frozen:,} frozen",
         f"prompts     {parts.prompts_summary}",
         f"per step    {samples} samples on each of {world_size} rank{'s' if world_size > 1 else ''}",
+        *([f"fast path   {parts.acceleration}"] if parts.acceleration else []),
     ]
     networks = networks_of(parts.components, parts.trained, parts.rewards, name=recipe.model.path)
     needed = () if parts.auto else {KEEP, RECOMPUTE, *plan.steps}

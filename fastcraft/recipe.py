@@ -141,6 +141,16 @@ class KernelsConfig:
     reference: diffusers' and transformers' own modules; auto: triton on CUDA, reference elsewhere."""
     attention_table: str = ""
     """Who computes self-attention on CUDA: a file of ``fastcraft info --measure-attention``; empty = as shipped."""
+    compile: Literal["none", "prefix", "blocks", "whole"] = "none"
+    """What of the UNet ``torch.compile`` takes. prefix: the whole of it in steps without gradient, with its weights
+    frozen in (a second copy of them); blocks: its repeated blocks one by one in every step, with memory.policy none,
+    step, step+block, segment or last_k_live; whole: prefix, and the whole of it in steps with gradient too, with those
+    but step+block. Only training's micro-batch is compiled for, which takes minutes; other sizes run as without.
+    Checked against the UNet as it was before every run. Not measured on a GPU."""
+    cuda_graphs: Literal["none", "prefix", "all"] = "none"
+    """Replay UNet calls from CUDA graphs. prefix: those without gradient; all: those with gradient too, with
+    memory.policy none, step or last_k_live. Graphs hold their memory for good, about what the steps they stand for
+    keep, which no estimate knows. Checked like compile. Not measured on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

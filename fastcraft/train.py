@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcraft.config import dump_recipe, load_recipe, recipe_names
-from fastcraft.errors import UserError
+from fastcraft.errors import CommandLine, UserError
 from fastcraft.recipe import Recipe
 
 if TYPE_CHECKING:  # torch and what needs it is imported only once the recipe holds
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch and what needs it is imported only once the recipe ho
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The whole command line; everything else is said in the recipe."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="deepspeed fastcraft/train.py",
         description="Fine-tune the text encoder of a Stable Diffusion model by back-propagating image rewards.",
         epilog=f"Recipes that ship: {', '.join(recipe_names())}. "
@@ -171,7 +171,7 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
                 )
             )
         trainer = Trainer(recipe, parts, engine=engine, run_dir=run_dir, interrupt=interrupt, record=record)
-        for note in (parts.prompts_summary, *notes):
+        for note in filter(None, (parts.prompts_summary, parts.acceleration, *notes)):
             trainer.say(note)
         if checkpoint is not None:
             trainer.restore(checkpoint)

@@ -110,6 +110,7 @@ class Trainer:
             more, result, found = done
             outputs, norms = outputs + more, norms | found
         self.done += 1
+        self._say_what_ran_slower()
         self.samples_seen += train.gradient_accumulation_steps * world_size() * train.batch_size
         if before is not None and not result.skipped:
             self._check_training(before, norms)
@@ -222,6 +223,10 @@ class Trainer:
         """A line for the person at the terminal, from rank 0."""
         if self.record is not None:
             self.record.message(text)
+
+    def _say_what_ran_slower(self) -> None:
+        for note in getattr(self.parts.image_model.unet, "take_notes", list)():
+            self.say(note)
 
     def _evaluation_due(self) -> bool:
         every = self.recipe.evaluate.every

@@ -334,6 +334,21 @@ def test_bad_input_is_one_line_and_status_2(recipe, tmp_path, capsys, extra, mes
     assert sorted(tmp_path.iterdir()) == before  # nothing half-written
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: --ds_config"),
+        (["--ds_config", "ds_configs/zero2.json", "--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["--ds_config"], "argument --ds_config: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"deepspeed fastcraft/train.py: error: {message}\n"
+
+
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
 def test_corrupt_weights_are_named(recipe, tmp_path, tiny_pipeline, capsys, part):
     import shutil

@@ -147,7 +147,7 @@ def write(rows: "list[Row]", stem: Path, *, recipe: "Recipe", device: "torch.dev
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise UserError(f"--depths must be numbers of steps joined by commas, got {text!r}")
+        raise UserError(f"--depths must be numbers of steps, 1 or more, joined by commas, got {text!r}")
     return sorted({int(part) for part in parts})
 
 

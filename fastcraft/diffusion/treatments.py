@@ -32,6 +32,8 @@ def carry_out(treatment: str, call: Callable[..., Any], *args: Any, module: nn.M
     Raises:
         UserError: offloading tensors that are not on a CUDA device.
     """
+    if torch.is_grad_enabled() and getattr(module, "graphs_grad", False):  # graphs keep and recompute by themselves
+        return module.carry_out(treatment, call, *args)  # type: ignore[operator]
     if treatment == KEEP or not torch.is_grad_enabled():
         return call(*args)
     options: dict[str, Any] = {}

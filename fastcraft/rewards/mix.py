@@ -150,8 +150,8 @@ class WeightedRewards(nn.Module):
 
     @property
     def image_networks(self) -> list[nn.Module]:
-        """The parts that read pictures, each once; see `Tower`."""
-        return [tower.image_network for tower in self._towers]
+        """The parts of the towers that read pictures, each once; see `Tower.image_network`."""
+        return [network for tower in self._towers if (network := tower.image_network) is not None]
 
     @property
     def settings(self) -> dict[str, Mapping[str, Any]]:

@@ -60,9 +60,9 @@ class Tower(nn.Module):
         self.features = ImageCache()
 
     @property
-    def image_network(self) -> nn.Module:
-        """The part that reads pictures, and that the fused ops may be put into."""
-        raise NotImplementedError
+    def image_network(self) -> nn.Module | None:
+        """The part that reads pictures, where the fused ops may be put in; None = nowhere."""
+        return None
 
     def freeze(self) -> Self:
         """No parameter takes gradient and no dropout is on, from now on."""

@@ -84,6 +84,18 @@ def test_scores_are_those_of_the_reward(score, folder, capsys):
     assert torch.equal(image, torch.full((3, 16, 16), 80 / 255))
 
 
+@pytest.mark.parametrize("kernels", [(), ("--kernels", "reference")])
+def test_the_image_tower_is_handed_to_the_kernels(score, monkeypatch, kernels):
+    import fastcraft.diffusion.use_kernels as module
+
+    calls = []
+    monkeypatch.setattr(module, "use_kernels", lambda models, **options: calls.append((models, options)))
+    assert score("--rewards", "clip", "--set", "clip.path=shapes", "--device", "cpu", *kernels) == 0
+    ((models, options),) = calls
+    assert [type(model).__name__ for model in models] == ["CLIPVisionModel"]
+    assert options == {"backend": kernels[1] if kernels else "auto", "device": torch.device("cpu")}
+
+
 def test_counts_of_a_detector_are_printed(score, folder, capsys, monkeypatch):
     from fastcraft.rewards.brightness import BrightnessReward
 

@@ -144,7 +144,7 @@ def test_vae_agrees_and_is_restored(vae):
 
 RUNNABLE = (
     "none", "step", "step+block", "sac:attention+conv", "sac:fastcraft+linear", "segment:2", "last_k_live:1",
-    "plan:recompute,keep",
+    "plan:recompute,keep", "batched:2",
 )  # fmt: skip
 
 
@@ -161,14 +161,14 @@ def test_unrolled_gradient_under_every_policy(name, policy, vae, tiny_parts):
     use_text_kv(unet)
     sampler = DDIMSampler(tiny_parts.components.schedule, num_inference_steps=3)
     plan = make_policy(policy).plan(2)
-    noise = torch.randn(1, 4, 8, 8)
-    inputs = [torch.randn(1, 7, 24, requires_grad=True) for _ in range(2)]
+    noise = torch.randn(2, 4, 8, 8)
+    inputs = [torch.randn(rows, 7, 24, requires_grad=True) for rows in (2, 1)]
 
     def run():
         text_kv = project_text(unet, *inputs)
         latents = denoise(
             unet, noise, sampler=sampler, text_kv=text_kv, prefix_kv=text_kv.detach(), guidance_scale=3.0,
-            trajectory=Trajectory(num_steps=3, grad_steps=(1, 2)), plan=plan,
+            trajectory=Trajectory(num_steps=3, grad_steps=(1, 2), input_grad=not plan.batched), plan=plan,
         )  # fmt: skip
         pictures = decode(vae, latents, plan)
         weight = torch.linspace(-1, 1, pictures.numel()).view(pictures.shape)

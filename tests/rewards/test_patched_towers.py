@@ -8,6 +8,7 @@ from fastcraft.diffusion.patch import Patch
 from fastcraft.rewards import REWARDS, RewardSpec, build_rewards
 from fastcraft.rewards.clip_tower import Towers
 from fastcraft.rewards.open_clip import HEAD_WIDTHS
+from fastcraft.rewards.tower import Tower
 
 PROMPTS = ["a red cube", "two dogs. one cat"]
 OPS = {  # head widths 16, 80 and 64; quick GELU, GELU and GELU
@@ -131,6 +132,7 @@ def test_a_mix_names_every_tower_once(bundled, standins):
         for names in (("clip", "aesthetic", "brightness", "imagereward"), ("clip",))
     )
     assert [type(network).__name__ for network in mix.image_networks] == ["CLIPVisionModel", "BlipVisionModel"]
+    assert Tower(source="a user's own").image_network is None
     patch = Patch(*mix.image_networks, *held_out.image_networks)
     assert [line.partition(":")[0] for line in patch.summary().splitlines()] == ["CLIPVisionModel", "BlipVisionModel"]
     with patch, pytest.raises(ValueError, match="on already"):

@@ -1,0 +1,165 @@
+"""The start-up check of an accelerated UNet: same device, same weights, same shapes as the training that follows.
+
+What is compared: an x0 estimate after steps without gradient, one after steps with gradient, and the gradient of the
+latter to every text key and value. The bound is measured, not guessed. Let d be eager's own distance from the same
+computation in a wider dtype (float32 for 16 bits, float64 for float32), on one sample. An accelerated step may be twice
+as far from the truth as eager, so it may differ from eager by 3 d. Distances are relative norms of differences.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcraft.diffusion.acceleration import AcceleratedUNet
+from fastcraft.diffusion.image_model import ImageModel
+from fastcraft.errors import UserError
+from fastcraft.records import CheckpointPlan, PromptEmbeds, TextKV, Trajectory
+from fastcraft_kernels.backend import use_backend
+
+TIMES_EAGER = 3.0
+"""d, the distance of eager from the truth, and twice that of what is checked."""
+TEXT_LENGTH = 77
+"""Tokens of a prompt that is not cut into segments."""
+_MAX_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A short run of the denoising loop on random text and noise.
+
+    ``plan`` and ``trajectory`` are those of a training step, of which up to two steps with gradient are run;
+    ``uncond_trained``: whether the empty prompt's embedding has gradient.
+    """
+
+    model: ImageModel
+    batch_size: int
+    plan: CheckpointPlan
+    trajectory: Trajectory
+    uncond_trained: bool = True
+
+    def run(self, unet: Any) -> dict[str, Tensor]:
+        """Name -> what is compared, on the device; the unet's weights may be of a wider dtype than the model's."""
+        model, depth = replace(self.model, unet=unet, on_step=None), min(_MAX_STEPS, len(self.plan.steps))
+        num_free = self.trajectory.num_steps - len(self.plan.steps)
+        frozen = min(1, num_free)
+        last = self.trajectory.num_steps - num_free // 3  # elsewhere x0 hangs on the prediction too much or too little
+        first, options = last - depth, replace(self.trajectory, predict_original=True, row_starts=())
+        latents, noises = model.noise(range(self.batch_size))
+        text_kv = self._text_kv(unet.dtype)
+        inputs: dict[str, Any] = {
+            "text_kv": text_kv,
+            "prefix_kv": text_kv.detach(),
+            "noises": noises,
+            "start": first - frozen,
+        }
+        found = {}
+        if frozen:
+            ended = replace(options, num_steps=first, grad_steps=())
+            prefix = model.denoise(latents, trajectory=ended, plan=CheckpointPlan(steps=()), **inputs)
+            found["prefix"] = prefix.clone()
+        end = model.denoise(
+            latents,
+            trajectory=replace(options, num_steps=last, grad_steps=tuple(range(first, last))),
+            plan=CheckpointPlan(steps=self.plan.steps[-depth:], segments=(depth,) if self.plan.segments else ()),
+            **inputs,
+        )
+        found["step"] = end.detach()
+        cotangent = torch.randn(end.shape, generator=torch.Generator().manual_seed(1)).to(end)
+        wanted = [tensor for tensor in text_kv.flat() if tensor.requires_grad]
+        grads = torch.autograd.grad((end * cotangent).sum(), wanted)
+        return found | {f"gradient {number}": grad for number, grad in enumerate(grads)}
+
+    def _text_kv(self, dtype: torch.dtype) -> TextKV:
+        """Leaves; rounded as in the model's own dtype, whatever dtype they are given in."""
+        generator, width = torch.Generator().manual_seed(0), self.model.unet.config.cross_attention_dim
+        rows = [
+            torch.randn(n, TEXT_LENGTH, width, generator=generator).to(self.model.device) for n in (1, self.batch_size)
+        ]
+        uncond = rows[0].requires_grad_(self.uncond_trained) if self.model.guidance_scale != 1 else None
+        projected = self.model.text_kv(PromptEmbeds(cond=rows[1].requires_grad_(), uncond=uncond))
+        return projected.unflatten(
+            [tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in projected.flat()]
+        )
+
+
+def accelerate(
+    probe: Probe,
+    *,
+    compile: str,
+    cuda_graphs: str,
+    make: Callable[..., AcceleratedUNet] = AcceleratedUNet,
+) -> tuple[AcceleratedUNet, str]:
+    """The UNet of ``probe.model``, accelerated and checked against itself as it was.
+
+    Args:
+        probe: at the batch size of training: what is checked is what will run.
+        compile: see `fastcraft.recipe.KernelsConfig`.
+        cuda_graphs: likewise.
+        make: the accelerated UNet's class.
+
+    Returns:
+        the UNet, and a line for the person at the terminal.
+
+    Raises:
+        UserError: it cannot be compiled or recorded here, or gives other numbers than eager.
+    """
+    switches = {"compile": compile, "cuda_graphs": cuda_graphs}
+    named = " and ".join(f"kernels.{key} = {value!r}" for key, value in switches.items() if value != "none")
+    unet, began = probe.model.unet, time.perf_counter()
+    eager, own = probe.run(unet), _own_distance(replace(probe, batch_size=1))
+    try:
+        fast = make(unet, **switches)
+        with fast.learning():
+            found = probe.run(fast)
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as failure:  # compilers and drivers raise whatever they like
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise UserError(f"{named}: cannot be had here: {type(failure).__name__}: {reason}") from failure
+    worst = {}
+    for kind, names in _kinds(eager).items():
+        floor = max(distance(_joined(own[0], names), _joined(own[1], names)), torch.finfo(torch.float32).eps)
+        ratios = [(distance(_joined(found, names), _joined(eager, names)), floor)]
+        for name in names:  # one layer's gradient may be wrong and small
+            ratios.append((distance(found[name], eager[name]), max(floor, distance(own[0][name], own[1][name]))))
+        error, floor = max(ratios, key=lambda pair: pair[0] / pair[1])
+        if not error <= TIMES_EAGER * floor:
+            raise UserError(
+                f"{named}: refused, the {kind} differs from eager's by {error:.2g} of its norm on {unet.device}, more "
+                f"than {TIMES_EAGER * floor:.2g}"
+            )
+        worst[kind] = error
+    differences = ", ".join(f"{kind} {error:.1e}" for kind, error in worst.items())
+    return fast, f"{named}: ready after {time.perf_counter() - began:.0f} s; differs from eager by: {differences}"
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative norm of the difference; NaN where either is not finite."""
+    one, other = one.double(), other.double()
+    return float((one - other).norm() / other.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _own_distance(probe: Probe) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The probe by the UNet and by a copy in a wider dtype, on plain PyTorch."""
+    unet = probe.model.unet
+    wide = nn.Module.to(copy.deepcopy(unet), torch.float64 if unet.dtype == torch.float32 else torch.float32)
+    with use_backend("reference"):  # the kernels know no float64
+        truth = probe.run(wide)
+    return probe.run(unet), truth
+
+
+def _kinds(found: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Names by what they are: prefix, step, gradient."""
+    kinds: dict[str, list[str]] = {}
+    for name in found:
+        kinds.setdefault(name.partition(" ")[0], []).append(name)
+    return kinds
+
+
+def _joined(found: dict[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([found[name].double().flatten() for name in names])
