@@ -14,6 +14,8 @@ COLOURS = (
     "#56b4e9",
     "#000000",
 )  # told apart by colour-blind eyes
+MAX_TICKS = 8
+"""Up to so many depths each has a tick of its own."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -30,7 +32,7 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
     figure, (memory, time) = pyplot.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
     for number, policy in enumerate(dict.fromkeys(row.policy for row in rows)):
@@ -49,10 +51,11 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
         time.plot(depths, [row.seconds for row in mine], label=policy, **style)
     memory.set_ylabel("peak above weights (MiB)", fontsize=8)
     time.set_ylabel("forward + backward (s)", fontsize=8)
+    depths = sorted({row.depth for row in rows})
     for axes in (memory, time):
         axes.set_xlabel("denoising steps with gradient (K)", fontsize=8)
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(FixedLocator(depths) if len(depths) <= MAX_TICKS else MaxNLocator(integer=True))
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
