@@ -266,6 +266,35 @@ def test_a_signal_between_denoising_steps_saves_the_completed_step(recipe, tmp_p
     assert [row["loss"] for row in lines(out)] == [row["loss"] for row in lines(whole)]
 
 
+class Noted:
+    """A UNet that is as it was, and says what an accelerated one may say."""
+
+    def __init__(self, unet):
+        self.unet, self.notes = unet, ["kernels.compile: runs eager on other latents"]
+
+    def __getattr__(self, name):
+        return getattr(self.unet, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.unet(*args, **kwargs)
+
+    def take_notes(self):
+        taken, self.notes = self.notes, []
+        return taken
+
+
+def test_an_accelerated_run_says_so_and_what_ran_slower_once(recipe, tmp_path, monkeypatch, capsys):
+    def accelerate(probe, *, compile, cuda_graphs):
+        assert (compile, cuda_graphs) == ("prefix", "none")
+        return Noted(probe.model.unet), "kernels.compile = 'prefix': ready after 0 s"
+
+    monkeypatch.setattr("fastcraft.assemble.accelerate", accelerate)
+    assert run(recipe, tmp_path / "run", "--set", "kernels.compile=prefix") == 0
+    printed = capsys.readouterr()
+    for text in ("'prefix': ready after 0 s", "runs eager on other latents"):
+        assert (printed.out + printed.err).count(text) == 1
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
     assert run(recipe, tmp_path / "run", "--dry-run") == 0
     printed = capsys.readouterr().out

@@ -26,6 +26,8 @@ TIMES_EAGER = 3.0
 """d, the distance of eager from the truth, and twice that of what is checked."""
 LEAST_BOUND = 1e-4
 """Ten times what channels-last weights alone change in the bundled model in float32 on a CPU: other orders of sums."""
+GENTLE_GUIDANCE = 1.5
+"""Weight of the probe's guidance, which lies outside the UNet: a strong one makes a chain multiply rounding."""
 TEXT_LENGTH = 77
 """Tokens of a prompt that is not cut into segments."""
 _MAX_STEPS = 2
@@ -47,7 +49,9 @@ class Probe:
 
     def run(self, unet: Any) -> dict[str, Tensor]:
         """Name -> what is compared, on the device; the unet's weights may be of a wider dtype than the model's."""
-        model, depth = replace(self.model, unet=unet, on_step=None), min(_MAX_STEPS, len(self.plan.steps))
+        guidance = 1.0 if self.model.guidance_scale == 1 else GENTLE_GUIDANCE
+        model = replace(self.model, unet=unet, guidance_scale=guidance, on_step=None)
+        depth = min(_MAX_STEPS, len(self.plan.steps))
         num_free = self.trajectory.num_steps - len(self.plan.steps)
         frozen = min(1, num_free)
         last = self.trajectory.num_steps - num_free // 3  # elsewhere x0 hangs on the prediction too much or too little
