@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import sys
@@ -18,7 +19,6 @@ from fastcraft.config import load_recipe
 from fastcraft.data.order import sample_seed
 from fastcraft.engine.agreement import close_distributed
 from fastcraft.engine.zero2 import Zero2Engine, fill_ds_config, init_distributed, load_ds_config
-from fastcraft.memory.tracker import AllocationTracker
 from fastcraft.recipe import Recipe
 
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -103,18 +103,21 @@ def measure(step: Callable[[int], float], *, rounds: int, cycle: int, device: to
 
 
 def tensor_mib(step: Callable[[], float]) -> float:
-    """Peak of what all tensors on the CPU take in a step: weights and optimiser included, libraries not.
+    """Peak of what all tensors on the CPU take in a step, weights and optimiser included: the allocator's own events.
 
-    Not under `torch.compile`, whose regions this cannot look into.
+    The resident set of a process has its libraries, its compiler and what the C allocator keeps besides.
     """
     gc.collect()
     storages = {}
     for item in gc.get_objects():
         if isinstance(item, torch.Tensor) and item.device.type == "cpu":
             storages[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
-    with AllocationTracker() as tracker:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    return (sum(storages.values()) + tracker.peak) / 2**20
+    recorded: Any = profile.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return (sum(storages.values()) + max(itertools.accumulate(changes, initial=0))) / 2**20
 
 
 def count(recipe: Recipe, device: torch.device) -> dict[str, float]:

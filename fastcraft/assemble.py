@@ -189,6 +189,7 @@ def policy_of(
         memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type,
         input_grad=recipe.objective.input_grad,
     )  # fmt: skip
+    _refuse_acceleration(recipe, device, make(depth))
     return make, None
 
 
@@ -286,7 +287,6 @@ def prompt_file(path: str) -> Path:
 
 def _accelerated(recipe: Recipe, model: ImageModel, plan: CheckpointPlan) -> tuple[ImageModel, str]:
     """The model with its UNet compiled or in graphs, checked; and what to tell the person."""
-    _refuse_acceleration(recipe, model.device, plan)
     kernels = recipe.kernels
     if kernels.compile == kernels.cuda_graphs == "none":
         return model, ""

@@ -55,3 +55,27 @@ def test_the_gpu_gives_the_gradient_of_the_cpu(tmp_path):
             os.environ["CUDA_VISIBLE_DEVICES"] = before
     assert on_gpu[0]["loss"] == pytest.approx(on_cpu[0]["loss"], rel=1e-3)
     assert on_gpu[0]["grad_norm"] == pytest.approx(on_cpu[0]["grad_norm"], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("kernels.cuda_graphs=prefix",),
+        ("kernels.cuda_graphs=all", "memory.policy=none"),
+        ("kernels.cuda_graphs=all", "memory.policy=step"),
+        ("kernels.cuda_graphs=all", "memory.policy=none", "kernels.backend=reference"),
+        ("kernels.compile=blocks",),
+        ("kernels.compile=blocks", "kernels.backend=reference"),
+        ("kernels.compile=whole", "kernels.cuda_graphs=all", "memory.policy=step"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_and_compiled_code_train_like_eager(tmp_path, settings, dtype):
+    """The check at the start of the run passes, and what two steps then give is what they give without."""
+    plain = [setting for setting in settings if not setting.startswith(("kernels.cuda_graphs", "kernels.compile"))]
+    eager, _ = train(tmp_path, f"train.dtype={dtype}", *plain, name="eager")
+    rows, output = train(tmp_path, f"train.dtype={dtype}", *settings)
+    assert "ready after" in output
+    loose = 1 if dtype == "float32" else 20
+    assert rows[0]["loss"] == pytest.approx(eager[0]["loss"], rel=1e-3 * loose)
+    assert rows[0]["grad_norm"] == pytest.approx(eager[0]["grad_norm"], rel=5e-3 * loose)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastcraft.assemble import assemble
+from fastcraft.assemble import assemble, make_objective, make_order
 from fastcraft.config import load_recipe
 from fastcraft.errors import UserError
 from fastcraft_kernels.backend import current_backend, set_backend
@@ -43,6 +43,8 @@ def test_reference_holds_for_the_sampler_too():
             "kernels.backend: 'triton' cannot serve UNet2DConditionModel: the kernels need a CUDA",
         ),
         ("kernels.backend=cuda", "kernels.backend"),
+        ("kernels.cuda_graphs=prefix", "kernels.cuda_graphs: 'prefix' needs a CUDA device, got cpu"),
+        ("kernels.compile=block", "kernels.compile.*'block'"),
         (
             "kernels.attention_table=nowhere.json",
             "kernels.attention_table: load_attention_table: source must be a JSON file",
@@ -66,3 +68,52 @@ def test_triton_patches(monkeypatch):
         set_backend("auto")
     for model in networks(parts):
         assert sum("forward" in module.__dict__ for module in model.modules()) > 8
+
+
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is_loaded(compile):
+    settings = [f"kernels.compile={compile}", "memory.policy=sac:attention+conv", "model.path=nowhere"]
+    with pytest.raises(UserError, match=rf"kernels.compile: '{compile}' hides what is inside.*sac:attention\+conv"):
+        assemble(load_recipe("shapes", settings), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("compile", "weighed"),
+    [("none", []), ("blocks", ["keep", "recompute", "recompute+block"]), ("whole", ["keep", "recompute"])],
+)
+def test_auto_weighs_what_compiled_code_can_do(monkeypatch, compile, weighed):
+    """None named means all that the device can do."""
+    from fastcraft import assemble as module
+
+    asked = []
+
+    def planner(recipe, networks, device, *, treatments):
+        asked.extend(treatments)
+        raise UserError("enough")
+
+    monkeypatch.setattr(module, "run_planner", planner)
+    recipe = load_recipe("shapes", [f"kernels.compile={compile}", "memory.policy=auto"])
+    with pytest.raises(UserError, match="enough"):
+        module.policy_of(recipe, object(), CPU)
+    assert asked == weighed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+def test_the_bundled_model_trains_compiled_as_it_does_eager(compile):
+    """By inductor, in minutes: the loss of a whole step and its gradient to the text encoder."""
+    results = []
+    for setting in ("none", compile):
+        recipe = load_recipe("shapes", [f"kernels.compile={setting}", "train.batch_size=2"])
+        parts = assemble(recipe, device=CPU)
+        objective, _ = make_objective(recipe, parts, parts.trained)
+        batch = make_order(recipe, parts, world_size=1).batch(0, 0, batch_size=2)
+        (output,) = objective.losses(batch, draw=0)
+        output.loss.backward()
+        grads = [parameter.grad.flatten() for parameter in parts.trained.parameters() if parameter.grad is not None]
+        results.append((output.loss.detach(), torch.cat(grads)))
+        assert parts.acceleration.startswith("kernels.compile") == (setting != "none")
+    (loss, grad), (compiled_loss, compiled_grad) = results
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=0)
+    assert torch.linalg.vector_norm(grad) > 0
+    assert torch.linalg.vector_norm(compiled_grad - grad) < 1e-3 * torch.linalg.vector_norm(grad)

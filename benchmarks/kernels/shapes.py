@@ -76,8 +76,11 @@ def token_workloads(*, gated: bool) -> list[Workload]:
     return workloads
 
 
-def attention_workloads(*, keys: int) -> list[Workload]:
-    """Self-attention (``keys`` = 0) or cross-attention over that many keys; ``(N, S, H, D)``."""
+def attention_workloads(*, keys: int, guided: bool = False) -> list[Workload]:
+    """Self-attention (``keys`` = 0) or cross-attention over that many keys; ``(N, S, H, D)``.
+
+    ``guided``: the first half of the samples shares one of the N/2 + 1 rows of k and v; shapes of several prompts only.
+    """
     rows = sizes_of(
         gpu=[
             ("sd15@512 S4096 D40 N2", 2, 4096, 8, 40), ("sd15@512 S4096 D40 N8", 8, 4096, 8, 40),
@@ -85,15 +88,16 @@ def attention_workloads(*, keys: int) -> list[Workload]:
             ("sd21@768 S9216 D64 N2", 2, 9216, 5, 64), ("sdxl@1024 S4096 D64 N2", 2, 4096, 10, 64),
             ("sdxl@1024 S1024 D64 N2", 2, 1024, 20, 64),
         ],
-        cpu=[("small S64 D40 N1", 1, 64, 2, 40)],
+        cpu=[("small S64 D40 N4", 4, 64, 2, 40) if guided else ("small S64 D40 N1", 1, 64, 2, 40)],
     )  # fmt: skip
+    rows = [row for row in rows if row[1] > 2 or not guided]
 
     def make(n: int, s: int, h: int, d: int):
         def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
-            lengths = {"q": s, "k": keys or s, "v": keys or s}
+            of_text = (n // 2 + 1 if guided else n, keys or s)
             return {
-                name: torch.randn(n, length, h, d, device=device).to(dtype).requires_grad_()
-                for name, length in lengths.items()
+                name: torch.randn(*size, h, d, device=device).to(dtype).requires_grad_()
+                for name, size in {"q": (n, s), "k": of_text, "v": of_text}.items()
             }
 
         return inputs
@@ -101,7 +105,7 @@ def attention_workloads(*, keys: int) -> list[Workload]:
     workloads = []
     for name, n, s, h, d in rows:
         products = 2 * n * h * s * (keys or s) * d  # FLOPs of one of the two products
-        q, kv = n * s * h * d, 2 * n * (keys or s) * h * d
+        q, kv = n * s * h * d, 2 * (n // 2 + 1 if guided else n) * (keys or s) * h * d
         # forward: q, k, v in, out; backward: q, k, v, out (or q again), d_out in, dq, dk, dv out
         workloads.append(
             Workload(

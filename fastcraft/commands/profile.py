@@ -50,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     longest = shallow.sampler.num_inference_steps
     if max(depths) > longest:
         raise UserError(f"--depths must be at most sampler.num_inference_steps ({longest}), got {max(depths)}")
+    for switch in ("compile", "cuda_graphs"):
+        if (value := getattr(shallow.kernels, switch)) != "none":
+            raise UserError(f"profile counts bytes op by op: kernels.{switch} must be 'none', got {value!r}")
     recipes = {
         (depth, name): load_recipe(
             args.recipe, args.overrides, {"objective.backprop_steps": depth, "memory.policy": name}

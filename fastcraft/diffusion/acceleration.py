@@ -88,6 +88,7 @@ class AcceleratedUNet:
         self.graphs_grad = cuda_graphs == "all"
         self._graphs = None if cuda_graphs == "none" else GraphedCall(recorder or CudaRecorder(unet.device))
         self._network: Any = unet
+        self._layout: TextKV | None = None  # of the text, without contents
         self._learned: set[Any] = set()
         self._learning = False
         self._keep = True
@@ -113,19 +114,20 @@ class AcceleratedUNet:
     ) -> tuple[Tensor]:  # fmt: skip
         """As the UNet's own, with text keys and values alone and a tuple as the answer."""
         (text_kv,) = cross_attention_kwargs.values()
+        if self._layout is None:
+            self._layout = text_kv.unflatten([tensor.detach().to("meta") for tensor in text_kv.flat()])
         inputs = (sample, timestep, *text_kv.flat())
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-            return (self._without_grad(text_kv, inputs),)
+            return (self._without_grad(inputs),)
         if not self.graphs_grad and self.compiles in ("none", "prefix"):
             return (_run(self.unet, sample, timestep, text_kv),)
-        call = _flat_call(self._compiled, text_kv)
         if self.graphs_grad:
             assert self._graphs is not None
             if self._graphed(inputs):
-                return (self._graphs(call, inputs, keep=self._keep),)
+                return (self._graphs(self._compiled, inputs, keep=self._keep),)
             if not self._keep:
-                return (recompute(call, *inputs),)
-        return (call(*inputs),)
+                return (recompute(self._compiled, *inputs),)
+        return (self._compiled(*inputs),)
 
     def carry_out(self, treatment: str, call: Callable[..., Any], *args: Any) -> Any:
         """``call(*args)`` with the graphs keeping what ``treatment`` says.
@@ -160,28 +162,29 @@ class AcceleratedUNet:
         self._notes.update(dict.fromkeys(new, True))
         return new
 
-    def _without_grad(self, text_kv: TextKV, inputs: Sequence[Tensor]) -> Tensor:
-        call = _flat_call(self._compiled, text_kv)
+    def _without_grad(self, inputs: Sequence[Tensor]) -> Tensor:
         if self._graphs is not None and self._graphed(inputs):
             with torch.no_grad():
-                return self._graphs(call, inputs, keep=True)
+                return self._graphs(self._compiled, inputs, keep=True)
         if self.compiles == "none":
             with torch.no_grad():
-                return call(*inputs)
+                return self._compiled(*inputs)
         with torch.inference_mode(False), torch.no_grad():  # one kind of tensors, so that one version serves all calls
-            return call(*(tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs))
+            return self._compiled(*(tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs))
 
-    def _compiled(self, sample: Tensor, timestep: Tensor, text_kv: TextKV) -> Tensor:
-        """The UNet's output by the code that has been compiled for these shapes, or else eager."""
+    def _compiled(self, sample: Tensor, timestep: Tensor, *flat: Tensor) -> Tensor:
+        """The UNet's output by the code that has been compiled for these shapes, or else eager. ``flat``: the text."""
+        assert self._layout is not None
+        text_kv = self._layout.unflatten(flat)
         grad = torch.is_grad_enabled()
         if self.compiles == "none" or (grad and self.compiles == "prefix"):
             return _run(self.unet, sample, timestep, text_kv)
-        key = (grad, *((tuple(t.shape), t.requires_grad) for t in (sample, *text_kv.flat())))
+        key = (grad, *((tuple(t.shape), t.requires_grad) for t in (sample, *flat)))
         if self._learning:
             self._learned.add(key)
         elif key not in self._learned:
             self._note(
-                f"kernels.compile: runs eager on latents of {_shape(sample)} and {next(iter(text_kv.flat())).shape[1]} "
+                f"kernels.compile: runs eager on latents of {_shape(sample)} and {flat[0].shape[1]} "
                 "text tokens, for which nothing was compiled"
             )
             with torch.compiler.set_stance("force_eager"):
@@ -219,12 +222,6 @@ def _run(network: Any, sample: Tensor, timestep: Tensor, text_kv: TextKV) -> Ten
         sample, timestep, encoder_hidden_states=None, cross_attention_kwargs={"text_kv": text_kv}, return_dict=False
     )[0]
     return output
-
-
-def _flat_call(run: Callable[[Tensor, Tensor, TextKV], Tensor], text_kv: TextKV) -> Callable[..., Tensor]:
-    """``run`` as a function of tensors alone; it holds the layout of ``text_kv``, not its contents."""
-    layout = text_kv.unflatten([tensor.detach().to("meta") for tensor in text_kv.flat()])
-    return lambda sample, timestep, *flat: run(sample, timestep, layout.unflatten(flat))
 
 
 def _frozen() -> Any:

@@ -51,21 +51,29 @@ def gated(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def resnet(self: Any, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-    """diffusers' ``ResnetBlock2D``: SiLU in the norms; time embedding and first bias as the second norm's shift.
-
-    The last sum is not made inside the norm that follows, because that norm lies in the next module.
-    """
-    hidden_states = _normed(self.norm1, input_tensor, silu=True)
-    conv1 = self.conv1
-    hidden_states = frozen_conv2d(hidden_states, conv1.weight, None, stride=conv1.stride, padding=conv1.padding)
-    shift = conv1.bias.expand(len(hidden_states), -1)  # (N, C)
-    if self.time_emb_proj is not None and temb is not None:
-        shift = shift + self.time_emb_proj(self.nonlinearity(temb))
-    hidden_states = self.conv2(_normed(self.norm2, hidden_states, silu=True, shift=shift))
-    if self.conv_shortcut is not None:
-        input_tensor = self.conv_shortcut(input_tensor)
-    output = input_tensor + hidden_states
+    """diffusers' ``ResnetBlock2D``: SiLU in the norms; time embedding and first bias as the second norm's shift."""
+    output = _shortcut(self, input_tensor) + _branch(self, _normed(self.norm1, input_tensor, silu=True), temb)
     return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+def decoder_block(self: Any, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+    """diffusers' ``UpDecoderBlock2D``: a ResNet's sum is made inside the first norm of the next one.
+
+    Only here does a sum stay within the block that makes it: elsewhere the norm that follows lies in another module.
+    """
+    first, *others = self.resnets
+    branch = _branch(first, _normed(first.norm1, hidden_states, silu=True), temb)
+    shortcut = _shortcut(first, hidden_states)
+    for block in others:
+        norm = block.norm1
+        hidden_states, normed = group_norm_silu(
+            branch, norm.weight, norm.bias, num_groups=norm.num_groups, eps=norm.eps, residual=shortcut
+        )
+        branch, shortcut = _branch(block, normed, temb), _shortcut(block, hidden_states)
+    hidden_states = shortcut + branch
+    for upsampler in self.upsamplers or ():
+        hidden_states = upsampler(hidden_states)
+    return hidden_states
 
 
 def picture_to_tokens(self: Any, hidden_states: Tensor) -> tuple[Tensor, int]:
@@ -111,6 +119,20 @@ def transformer_block(
     )
     hidden_states, branch = layer_norm(branch, norm3.weight, norm3.bias, eps=norm3.eps, residual=hidden_states)
     return self.ff(branch) + hidden_states
+
+
+def _branch(self: Any, normed: Tensor, temb: Tensor | None) -> Tensor:
+    """A ``ResnetBlock2D`` from behind its first norm and SiLU to the sum, which is not made."""
+    conv1 = self.conv1
+    hidden_states = frozen_conv2d(normed, conv1.weight, None, stride=conv1.stride, padding=conv1.padding)
+    shift = conv1.bias.expand(len(hidden_states), -1)  # (N, C)
+    if self.time_emb_proj is not None and temb is not None:
+        shift = shift + self.time_emb_proj(self.nonlinearity(temb))
+    return self.conv2(_normed(self.norm2, hidden_states, silu=True, shift=shift))
+
+
+def _shortcut(self: Any, x: Tensor) -> Tensor:
+    return x if self.conv_shortcut is None else self.conv_shortcut(x)
 
 
 def _normed(norm: Any, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:

@@ -45,9 +45,14 @@ def refusal(module: Any, rule: Rule) -> str:
             return reason.format(m=module)
     for name in rule.absorbs:
         child = getattr(module, name)
-        if "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+        if "forward" in child.__dict__ or has_hooks(child):
             return f"its {name} has a hook or another forward, which would not run"
     return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def all_are(kind: type, *names: str) -> Guard:
@@ -110,28 +115,43 @@ _HEAD = Rule(
     label="conv_norm_out",
 )
 
+_RESNET = Rule(
+    ops=lambda m: "group_norm_silu + frozen_conv2d",
+    guards=(
+        all_are(nn.GroupNorm, "norm1", "norm2"),
+        affine("norm1", "norm2"),
+        all_are(nn.SiLU, "nonlinearity"),
+        all_are(nn.Conv2d, "conv1"),
+        affine("conv1"),
+        (lambda m: m.upsample is None and m.downsample is None, "it resamples inside"),
+        (
+            lambda m: m.time_embedding_norm == "default" or m.time_emb_proj is None,
+            "its time embedding is {m.time_embedding_norm!r}, no shift",
+        ),
+        (lambda m: not m.skip_time_act, "its time embedding arrives activated"),
+        (lambda m: m.dropout.p == 0, "it has dropout {m.dropout.p}"),
+    ),
+    replace=replaced_by(fused_forwards.resnet),
+    absorbs=("norm1", "norm2", "conv1"),
+)
+
 RULES: dict[tuple[str, str], Rule] = {
     ("diffusers", "UNet2DConditionModel"): _HEAD,
     ("diffusers", "Encoder"): _HEAD,
     ("diffusers", "Decoder"): _HEAD,
-    ("diffusers", "ResnetBlock2D"): Rule(
-        ops=lambda m: "group_norm_silu + frozen_conv2d",
+    ("diffusers", "ResnetBlock2D"): _RESNET,
+    ("diffusers", "UpDecoderBlock2D"): Rule(
+        ops=lambda m: "group_norm_silu with residual",
         guards=(
-            all_are(nn.GroupNorm, "norm1", "norm2"),
-            affine("norm1", "norm2"),
-            all_are(nn.SiLU, "nonlinearity"),
-            all_are(nn.Conv2d, "conv1"),
-            affine("conv1"),
-            (lambda m: m.upsample is None and m.downsample is None, "it resamples inside"),
             (
-                lambda m: m.time_embedding_norm == "default" or m.time_emb_proj is None,
-                "its time embedding is {m.time_embedding_norm!r}, no shift",
+                lambda m: all(type(resnet).__name__ == "ResnetBlock2D" for resnet in m.resnets),
+                "resnets must be plain ResnetBlock2D",
             ),
-            (lambda m: not m.skip_time_act, "its time embedding arrives activated"),
-            (lambda m: m.dropout.p == 0, "it has dropout {m.dropout.p}"),
+            (lambda m: not any(refusal(resnet, _RESNET) for resnet in m.resnets), "a resnet in it is left as it is"),
+            (lambda m: all(resnet.output_scale_factor == 1 for resnet in m.resnets), "its resnets scale their sums"),
+            (lambda m: not any(map(has_hooks, m.resnets)), "a resnet in it has a hook, which would not run"),
         ),
-        replace=replaced_by(fused_forwards.resnet),
-        absorbs=("norm1", "norm2", "conv1"),
+        replace=replaced_by(fused_forwards.decoder_block),
     ),
     ("diffusers", "Transformer2DModel"): Rule(
         ops=lambda m: "group_norm_silu + frozen_linear",

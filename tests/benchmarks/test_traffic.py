@@ -38,7 +38,7 @@ def test_committed_results():
     assert rows["fold"] == pytest.approx(kept["fold"], rel=1e-6)
     for kind in ("plain", "patched"):
         assert sum(rows[kind].values()) == pytest.approx(sum(kept[kind].values()), rel=0.05)
-    assert sum(rows["patched"].values()) < 0.75 * sum(rows["plain"].values())
+    assert sum(rows["patched"].values()) < 0.7 * sum(rows["plain"].values())
 
 
 def test_sums_before_norms_of_a_decoder():

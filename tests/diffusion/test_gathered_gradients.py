@@ -116,6 +116,18 @@ def steps_without_gradient_between(run):
     return run.grad(score(run.latents(run.project(), policy="segment:2", trajectory=trajectory)))
 
 
+def batches_of_steps(run):
+    """Several steps go backward in one call, on copies of the text, which autograd adds up."""
+    trajectory = Trajectory(num_steps=6, grad_steps=(1, 2, 3, 4, 5), input_grad=False)
+    alone, batched = (
+        run.grad(score(run.latents(run.project(), policy=policy, trajectory=trajectory)))
+        for policy in ("none", "batched:2")
+    )
+    for got, want in zip(batched, alone, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
+    return batched
+
+
 def several_ends(run):
     """DRaFT-LV's extra draws: branches of the graph that meet at the text."""
     text_kv = run.project()
@@ -127,7 +139,7 @@ def several_ends(run):
 
 SCENARIOS = [
     policies, two_passes, parts_of_the_loss_one_by_one, accumulated, head_taken_first, steps_without_gradient_between,
-    several_ends,
+    batches_of_steps, several_ends,
 ]  # fmt: skip
 
 
@@ -149,8 +161,9 @@ def test_every_step_adds_to_the_sums_and_sends_nothing_else(unet):
 
 
 def test_no_policy_is_forgotten():
-    """Offloading needs a GPU, but for what it does to ops; `auto` chooses among the others."""
-    assert {name.partition(":")[0] for name in RUNNABLE} | {"offload", "auto"} == set(POLICIES.names())
+    """Offloading needs a GPU, but for what it does to ops; batches have a scenario; `auto` chooses among the others."""
+    names = {name.partition(":")[0] for name in RUNNABLE}
+    assert names | {"offload", "auto", "batched"} == set(POLICIES.names())
 
 
 @pytest.mark.parametrize(("dtype", "guidance_scale"), [(torch.float32, 1.0), (torch.bfloat16, 3.0)], ids=str)

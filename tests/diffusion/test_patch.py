@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcraft.diffusion.decode import decode
@@ -135,6 +136,8 @@ def test_vae_agrees_and_is_restored(vae):
     with Patch(vae, backend="reference") as patch:
         agree(run(), plain)
     assert_untouched(vae, before)
+    folded = [swap.module for swap in patch.swaps[0] if swap.ops == "group_norm_silu with residual"]
+    assert folded == [f"decoder.up_blocks.{i}" for i in range(3)]
     refused = {swap.module: swap.reason for swap in patch.swaps[0] if swap.reason}
     assert refused == {
         f"{part}.mid_block.attentions.0": "its head width is 32 / 1; the kernels know 40, 64, 80, 160"
@@ -313,6 +316,44 @@ def test_calls_that_a_patched_block_cannot_serve():
         narrow.unet.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(2)
         with pytest.raises(ValueError, match="a patched block has no chunked feed-forward, got 2"):
             narrow.unet(latents, 1, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block.resnets[1].dropout, "p", 0.1), "a resnet in it is left as it is"),
+        (lambda block: setattr(block.resnets[0], "output_scale_factor", 2), "its resnets scale their sums"),
+        (lambda block: block.resnets[1].register_forward_hook(print), "a resnet in it has a hook, which would not run"),
+        (lambda block: block.resnets.append(nn.Identity()), "resnets must be plain ResnetBlock2D"),
+    ],
+    ids=["refused", "scaled", "hook", "other"],
+)
+def test_decoder_block_guards(vae, change, reason):
+    """Its ResNets are patched one by one where it is left."""
+    change(vae.decoder.up_blocks[1])
+    swaps = {swap.module: swap for swap in Patch(vae).swaps[0]}
+    assert swaps["decoder.up_blocks.1"].reason == reason
+    assert swaps["decoder.up_blocks.2"].ops == "group_norm_silu with residual"
+    others = swaps["decoder.up_blocks.1.resnets.0"], swaps["decoder.up_blocks.1.resnets.1"]
+    assert [bool(swap.ops) for swap in others] == [True, reason != "a resnet in it is left as it is"]
+
+
+def test_sums_inside_a_decoder_block_are_made_in_the_norms(vae):
+    """Three blocks of two ResNets each: one sum a block."""
+    calls = []
+    vae.decoder.up_blocks[0].resnets[1].norm1.eps = 3e-4  # known by its eps among the norms
+    op = torch.ops.fastcraft.group_norm_silu.default
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is op:
+                calls.append((args[4] is not None, args[6]))
+            return func(*args, **(kwargs or {}))
+
+    with Patch(vae, backend="reference"), Sums():
+        vae.decode(torch.randn(1, 4, 4, 4))
+    assert sum(with_residual for with_residual, _ in calls) == 3
+    assert (True, 3e-4) in calls
 
 
 def test_convolution_weights_are_channels_last_meanwhile(vae):

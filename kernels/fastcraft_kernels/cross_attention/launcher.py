@@ -42,8 +42,8 @@ def _constants(q: Tensor, k: Tensor, tile: Tile, blocks: KeyBlocks) -> dict[str,
 
 def _plan(kernel: str, q: Tensor, k: Tensor, tile: Tile | None) -> tuple[Tile, KeyBlocks, dict[str, Any]]:
     arch = device_facts(q.device).arch
-    tile = tile or query_tile(kernel, arch=arch, head_dim=q.shape[-1], dtype=q.dtype)
-    blocks = key_blocks(k.shape[1], kernel=kernel, head_dim=q.shape[-1], dtype=q.dtype)
+    blocks = key_blocks(k.shape[1], kernel=kernel, arch=arch, head_dim=q.shape[-1], dtype=q.dtype)
+    tile = tile or query_tile(kernel, arch=arch, head_dim=q.shape[-1], dtype=q.dtype, num_blocks=blocks.count)
     return tile, blocks, _constants(q, k, tile, blocks)
 
 

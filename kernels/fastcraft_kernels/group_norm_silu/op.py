@@ -25,7 +25,7 @@ def group_norm_silu(
         silu: whether ``z * sigmoid(z)`` follows the norm.
         shift: ``(N, C)``, added to every pixel before the norm: a time embedding, a convolution's bias. Without a
             residual the sum is never written to memory, nor rounded.
-        residual: shape and dtype of ``x``; for blocks of one's own, see kernels/README.md on diffusers'.
+        residual: shape and dtype of ``x``.
 
     Returns:
         ``out``, or ``(total, out)`` with a residual, where ``total = x + shift + residual``, rounded once to ``x``'s

@@ -18,16 +18,14 @@ from fastcraft_kernels.testing import (
 )
 
 SEQUENCES = {40: 4096, 64: 4096, 80: 1024, 160: 256}
+UNEVEN = {40: 1000, 64: 1000, 80: 1000, 160: 60}
 CASES = [
     *((facts, width, seq, torch.bfloat16) for facts in (A100, H200) for width, seq in SEQUENCES.items()),
-    # float32 has one tile, and the widest head leaves it the fewest registers
-    *((facts, 160, 256, torch.float32) for facts in (A100, H200)),
-    # masks of incomplete tiles cost registers where pointers are used
-    *((A100, width, seq, torch.bfloat16) for width, seq in ((80, 1000), (160, 60))),
+    # narrower heads have the tiles of 80 in float32, and more registers left
+    *((facts, width, SEQUENCES[width], torch.float32) for facts in (A100, H200) for width in (80, 160)),
+    # incomplete tiles: masks cost registers
+    *((facts, width, seq, torch.bfloat16) for facts in (A100, H200) for width, seq in UNEVEN.items()),
 ]
-
-SPILLS = {("attention_dq_kernel", 90, torch.float32): 36, ("attention_dkdv_kernel", 90, torch.float32): 928}
-"""Bytes. Nothing chooses float32 here but a recipe that asks for Triton by name."""
 
 
 def launches(facts, width, seq, dtype):
@@ -59,8 +57,7 @@ def test_shipped_configurations(facts, width, seq, dtype):
     for launch in recorded:
         name = f"{launch.name} D={width} S={seq} {str(dtype).removeprefix('torch.')}"
         report = compile_report(launch, arch=facts.arch)
-        spilled = SPILLS.get((launch.name, facts.arch, dtype), 0)
-        check_compiled(name, report, arch=facts.arch, allowed_spill_bytes=spilled)
+        check_compiled(name, report, arch=facts.arch)
         check_instructions(name, report, arch=facts.arch, dtype=dtype)
         table.check(name, report, arch=facts.arch)
         if (facts.arch, width, launch.name) == (80, 40, "attention_forward_kernel"):

@@ -12,13 +12,18 @@ from fastcraft_kernels.testing import A100, H200, RegisterTable, check_compiled,
 SEQUENCES = {40: 4096, 64: 4096, 80: 1024, 160: 256}
 ALL = ("cross_forward_kernel", "cross_dq_kernel", "cross_dkdv_kernel")
 CASES = [
-    *((facts, 128, width, torch.bfloat16, ALL[:2]) for facts in (H200, A100) for width in (40, 64)),
     *((facts, 77, 40, torch.bfloat16, ("cross_sum_kernel",)) for facts in (H200, A100)),
-    *((facts, 231, width, torch.bfloat16, ALL[:2]) for facts in (H200, A100) for width in (80, 160)),
-    (A100, 77, 160, torch.float32, ALL),  # one tile for all widths: the widest has the fewest registers
+    # one block of keys, the largest such block, a loop over blocks; dK/dV of wider heads takes 77 keys as it takes 128
     *((facts, 77, width, torch.bfloat16, ALL) for facts in (H200, A100) for width in SEQUENCES),
+    *(
+        (facts, 128, width, torch.bfloat16, ALL if width < 80 else ALL[:2])
+        for facts in (H200, A100)
+        for width in SEQUENCES
+    ),
+    *((facts, 231, width, torch.bfloat16, ALL) for facts in (H200, A100) for width in SEQUENCES),
+    # narrower heads have the tiles of 80, and more registers left
+    *((facts, 77, width, torch.float32, ALL) for facts in (H200, A100) for width in (80, 160)),
 ]
-SPILLS = {("cross_forward_kernel", 80, 231, 160): 80}  # bytes, in a loop over keys that no published model needs
 
 
 def launches(facts, keys, width, dtype):
@@ -38,9 +43,7 @@ def test_shipped_configurations(facts, keys, width, dtype, kernels):
     for kernel in kernels:
         name = f"{kernel} D={width} L={keys} {str(dtype).removeprefix('torch.')}"
         report = compile_report(recorded[kernel], arch=facts.arch)
-        check_compiled(
-            name, report, arch=facts.arch, allowed_spill_bytes=SPILLS.get((kernel, facts.arch, keys, width), 0)
-        )
+        check_compiled(name, report, arch=facts.arch)
         assert report.ld128 > 0, f"{name}: {report}"
         if dtype == torch.bfloat16 and "sum" not in kernel:
             assert (report.wgmma if facts.arch == 90 else report.mma_sync) > 0, f"{name}: {report}"

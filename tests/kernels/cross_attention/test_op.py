@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from fastcraft_kernels.attention.tiles import HEAD_SPLITS
 from fastcraft_kernels.backend import use_backend
 from fastcraft_kernels.cross_attention import cross_attention, gather_kv_gradients
-from fastcraft_kernels.cross_attention.tiles import FLOAT32, TILES, key_blocks, query_tile, split_queries
+from fastcraft_kernels.cross_attention.tiles import (
+    FLOAT32,
+    FLOAT32_TILES,
+    LOOP_TILES,
+    TILES,
+    key_blocks,
+    query_tile,
+    split_queries,
+)
 from fastcraft_kernels.launch import DeviceFacts
 from fastcraft_kernels.testing import A100, H200, assert_op_as_accurate
 
@@ -193,18 +201,23 @@ def test_the_triton_backend_is_refused_on_cpu():
 
 
 def test_keys_are_cut_into_powers_of_two():
-    def cut(keys, kernel="forward", dtype=torch.bfloat16, head_dim=40):
-        blocks = key_blocks(keys, kernel=kernel, head_dim=head_dim, dtype=dtype)
+    def cut(keys, kernel="forward", dtype=torch.bfloat16, head_dim=40, arch=80):
+        blocks = key_blocks(keys, kernel=kernel, arch=arch, head_dim=head_dim, dtype=dtype)
         return blocks.count, blocks.first, blocks.rest
 
     assert [cut(n) for n in (1, 16, 17, 40, 64)] == [(1, 16, 0), (1, 16, 0), (1, 32, 0), (1, 32, 16), (1, 64, 0)]
     assert [cut(n) for n in (77, 81, 97, 128)] == [(1, 64, 16), (1, 64, 32), (1, 64, 64), (1, 64, 64)]
     assert [cut(n) for n in (129, 231, 512)] == [(3, 64, 0), (4, 64, 0), (8, 64, 0)]
     assert cut(77, dtype=torch.float32) == (3, 32, 0)
+    assert [cut(77, "dq", head_dim=160, arch=arch) for arch in (80, 90, 120)] == [(2, 64, 0), (1, 64, 16), (1, 64, 16)]
+    assert [cut(n, "dkdv", head_dim=40) for n in (77, 97, 231)] == [(1, 64, 16), (1, 128, 0), (2, 128, 0)]
+    assert [cut(n, "dkdv", head_dim=80) for n in (16, 40, 77, 231)] == [
+        (1, 16, 0), (1, 64, 0), (1, 128, 0), (2, 128, 0)
+    ]  # fmt: skip
     for keys in range(1, 513):
-        for kernel in ("forward", "dq", "dkdv"):
+        for kernel, arch in (("forward", 80), ("dq", 80), ("dq", 90), ("dkdv", 90)):
             for head_dim in HEAD_SPLITS:
-                blocks = key_blocks(keys, kernel=kernel, head_dim=head_dim, dtype=torch.float16)
+                blocks = key_blocks(keys, kernel=kernel, arch=arch, head_dim=head_dim, dtype=torch.float16)
                 size = blocks.first + blocks.rest
                 assert (blocks.count - 1) * size + blocks.first * (blocks.rest > 0) < keys <= blocks.count * size
                 assert blocks.rest_full == (keys % size == 0)
@@ -220,5 +233,11 @@ def test_queries_are_split_until_the_device_is_full():
 
 
 def test_tiles():
-    assert query_tile("dq", arch=120, head_dim=40, dtype=torch.float16) is TILES[90][40]["dq"]
-    assert query_tile("dq", arch=80, head_dim=40, dtype=torch.float32) is FLOAT32
+    def tile(kernel, arch, head_dim, dtype=torch.float16, num_blocks=1):
+        return query_tile(kernel, arch=arch, head_dim=head_dim, dtype=dtype, num_blocks=num_blocks)
+
+    assert tile("dq", 120, 40) is TILES[90][40]["dq"]
+    assert tile("forward", 80, 160) is TILES[80][160]["forward"]
+    assert tile("forward", 80, 160, num_blocks=2) is LOOP_TILES[80, "forward", 160]
+    assert tile("dq", 80, 40, torch.float32) is FLOAT32
+    assert tile("dkdv", 90, 80, torch.float32) is FLOAT32_TILES["dkdv", 80]

@@ -1,4 +1,4 @@
-"""What would be launched for the widths of SD1.5, SD2.1, SDXL and their text encoders, compiled for sm80 and sm90."""
+"""What would be launched for the widths of SD1.5, SD2.1, SDXL, text encoders and reward towers, for sm80 and sm90."""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ SHAPES = [
     (8192, 320, torch.float16, False, True),
     (2048, 640, torch.bfloat16, True, False),
     (512, 1280, torch.bfloat16, True, False),
+    (2056, 1024, torch.bfloat16, True, False),  # 8 pictures in a ViT-L reward tower
     (154, 768, torch.float32, False, True),
     (154, 1024, torch.float32, False, True),
 ]
