@@ -6,11 +6,12 @@ their activations live shortest. Steps that do not wait for each other (a stop-g
 recomputed in batches; a plan of such batches is weighed whole.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from fastcraft.errors import UserError
 from fastcraft.memory.cards import CARDS, Card
+from fastcraft.memory.chain import ChainPeak
 from fastcraft.memory.cost import Cost, work_seconds
 from fastcraft.memory.estimate import Prediction, StepEstimate
 from fastcraft.records import RECOMPUTE, CheckpointPlan
@@ -165,7 +166,7 @@ class Planner:
 
     def _mixtures(self, depth: int, batch: int) -> Iterator[tuple[CheckpointPlan, int, int, float]]:
         """(plan, peak outside the decode, bytes saved, seconds of its steps) of pairs of treatments."""
-        chain = _Chain(self.estimate, batch, first_only=not self.input_grad)
+        chain = ChainPeak(self.estimate, batch, first_only=not self.input_grad)
         names = sorted(self._available(batch), key=chain.held)
         seconds = {name: self._seconds(self.estimate.steps[name], batch) for name in names}
         host = {name: self.estimate.steps[name].host.at(batch) for name in names}
@@ -232,49 +233,6 @@ class Planner:
             f"({least.describe()}), the budget is {budget:.2f} GiB, short by {need - budget:.2f} GiB; "
             f"{'; '.join(remedies)}"
         )
-
-
-class _Chain:
-    """The peak of a chain in closed form, at one batch."""
-
-    def __init__(self, estimate: StepEstimate, batch: int, *, first_only: bool) -> None:
-        self.estimate, self.batch, self.first_only = estimate, batch, first_only
-        self.text, self.kv = estimate.text.held.at(batch), estimate.kv_bytes.at(batch)
-        self.floor = estimate.floor_bytes(batch)
-        self._costs = {
-            name: (
-                cost.step_bytes(batch, first=first_only),
-                cost.step_bytes(batch, first=True),
-                cost.forward_peak.at(batch),
-            )
-            for name, cost in estimate.steps.items()
-        }
-
-    def held(self, name: str) -> int:
-        return self._costs[name][0][0]
-
-    def peak(self, steps: Sequence[str]) -> tuple[int, int]:
-        """(bytes above the static ones at the highest point outside the decode, bytes saved by all steps).
-
-        Bytes rise from step to step within a treatment, so the last of each, and the last but one of all, decide.
-        """
-        last = len(steps) - 1
-        turn = steps.count(steps[0]) - 1  # the last step of the first treatment
-        first_held = self._costs[steps[0]][1][0]
-
-        def saved(index: int) -> int:
-            """Bytes saved by the steps up to and with ``index``."""
-            light = min(index, turn)
-            return first_held + light * self.held(steps[0]) + max(0, index - turn) * self.held(steps[-1])
-
-        peak = self.floor
-        for index in {0, turn, max(0, last - 1), last}:
-            (_, extra), (_, first_extra), forward = self._costs[steps[index]]
-            before = saved(index - 1) if index else 0
-            grads = self.kv if index < last else 0
-            backward = saved(index) + (extra if index else first_extra) + grads
-            peak = max(peak, self.text + before + forward, self.text + backward)
-        return peak, saved(last)
 
 
 class AutoPlan:
