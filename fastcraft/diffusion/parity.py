@@ -47,8 +47,14 @@ class Probe:
     trajectory: Trajectory
     uncond_trained: bool = True
 
-    def run(self, unet: Any) -> dict[str, Tensor]:
-        """Name -> what is compared, on the device; the unet's weights may be of a wider dtype than the model's."""
+    def run(self, unet: Any, rows: range | None = None) -> dict[str, Tensor]:
+        """Name -> what is compared, on the device.
+
+        Args:
+            unet: in place of the model's; its weights may be of a wider dtype.
+            rows: the samples that run; None = the whole batch.
+        """
+        rows = rows or range(self.batch_size)
         guidance = 1.0 if self.model.guidance_scale == 1 else GENTLE_GUIDANCE
         model = replace(self.model, unet=unet, guidance_scale=guidance, on_step=None)
         depth = min(_MAX_STEPS, len(self.plan.steps))
@@ -56,8 +62,8 @@ class Probe:
         frozen = min(1, num_free)
         last = self.trajectory.num_steps - num_free // 3  # elsewhere x0 hangs on the prediction too much or too little
         first, options = last - depth, replace(self.trajectory, predict_original=True, row_starts=())
-        latents, noises = model.noise(range(self.batch_size))
-        text_kv = self._text_kv(unet.dtype)
+        latents, noises = model.noise(rows)
+        text_kv = self._text_kv(unet.dtype, rows)
         inputs: dict[str, Any] = {
             "text_kv": text_kv,
             "prefix_kv": text_kv.detach(),
@@ -76,19 +82,23 @@ class Probe:
             **inputs,
         )
         found["step"] = end.detach()
-        cotangent = torch.randn(end.shape, generator=torch.Generator().manual_seed(1)).to(end)
+        cotangents = torch.randn(self.batch_size, *end.shape[1:], generator=torch.Generator().manual_seed(1))
+        cotangent = cotangents[rows.start : rows.stop].to(end)
         wanted = [tensor for tensor in text_kv.flat() if tensor.requires_grad]
         grads = torch.autograd.grad((end * cotangent).sum(), wanted)
         return found | {f"gradient {number}": grad for number, grad in enumerate(grads)}
 
-    def _text_kv(self, dtype: torch.dtype) -> TextKV:
+    def _text_kv(self, dtype: torch.dtype, rows: range) -> TextKV:
         """Leaves; rounded as in the model's own dtype, whatever dtype they are given in."""
         generator, width = torch.Generator().manual_seed(0), self.model.unet.config.cross_attention_dim
-        rows = [
+        uncond, cond = (
             torch.randn(n, TEXT_LENGTH, width, generator=generator).to(self.model.device) for n in (1, self.batch_size)
-        ]
-        uncond = rows[0].requires_grad_(self.uncond_trained) if self.model.guidance_scale != 1 else None
-        projected = self.model.text_kv(PromptEmbeds(cond=rows[1].requires_grad_(), uncond=uncond))
+        )
+        cond = cond[rows.start : rows.stop].requires_grad_()
+        guided = self.model.guidance_scale != 1
+        projected = self.model.text_kv(
+            PromptEmbeds(cond=cond, uncond=uncond.requires_grad_(self.uncond_trained) if guided else None)
+        )
         return projected.unflatten(
             [tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in projected.flat()]
         )
@@ -153,13 +163,24 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def _eager_and_truth(probe: Probe) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The probe by the UNet and by a copy in a wider dtype, on plain PyTorch: half the batch, so no more memory."""
+    """The probe by the UNet and by a copy in a wider dtype, on plain PyTorch.
+
+    The samples are those that are checked, since some are harder than others; half of them at a time, so that the wider
+    copy takes no more memory. A name has the numbers of both halves, one after the other.
+    """
     unet, steps = probe.model.unet, (RECOMPUTE,) * len(probe.plan.steps)
-    probe = replace(probe, batch_size=max(1, probe.batch_size // 2), plan=CheckpointPlan(steps=steps))
+    probe = replace(probe, plan=CheckpointPlan(steps=steps))
+    middle = probe.batch_size // 2
+    halves = [range(middle), range(middle, probe.batch_size)] if middle else [range(1)]
     wide = nn.Module.to(copy.deepcopy(unet), torch.float64 if unet.dtype == torch.float32 else torch.float32)
     with use_backend("reference"):  # the kernels know no float64
-        truth = probe.run(wide)
-    return probe.run(unet), truth
+        truth = [probe.run(wide, rows) for rows in halves]
+    eager = [probe.run(unet, rows) for rows in halves]
+    return _one_after_the_other(eager), _one_after_the_other(truth)
+
+
+def _one_after_the_other(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([run[name].flatten() for run in runs]) for name in runs[0]}
 
 
 def _kinds(found: dict[str, Tensor]) -> dict[str, list[str]]:
