@@ -105,11 +105,7 @@ class Probe:
 
 
 def accelerate(
-    probe: Probe,
-    *,
-    compile: str,
-    cuda_graphs: str,
-    make: Callable[..., AcceleratedUNet] = AcceleratedUNet,
+    probe: Probe, *, compile: str, cuda_graphs: str, make: Callable[..., AcceleratedUNet] = AcceleratedUNet
 ) -> tuple[AcceleratedUNet, str]:
     """The UNet of ``probe.model``, accelerated and checked against itself as it was.
 
