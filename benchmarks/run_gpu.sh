@@ -17,7 +17,12 @@ if [ "${SMALL:-0}" = 1 ]; then
     unet=(--small --batches 2 --rounds 2 --contenders eager patched)
 fi
 mkdir -p "$OUT" "$WORK"
+policies=none,step,sac:attention+conv,auto
+[ "$card" = cpu ] || policies=none,step,sac:attention+conv,offload:attention+conv,auto
 launch=(deepspeed --num_gpus 1 --master_port "${PORT:-29531}")
+
+# What the kernels part has measured; empty before that.
+table() { [ ! -f "$OUT/attention_table.json" ] || echo --set "kernels.attention_table=$(realpath "$OUT/attention_table.json")"; }
 
 models() { [ -f "$WORK/models/hpsv2/HPS_v2_compressed.pt" ] || python3 -m benchmarks.random_sd15 "$WORK/models" --width "$width"; }
 
@@ -29,7 +34,7 @@ sd15() { # batch size
         --set rewards.1.options.clip_path="$WORK/models/reward" --set rewards.2.path="$WORK/models/pickscore" \
         --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" \
         --set train.num_steps="$steps" --set train.batch_size="$1" --set train.dtype="$dtype" \
-        --set train.checkpoint_every=0 --set evaluate.num_samples=1 --set evaluate.every=0
+        --set train.checkpoint_every=0 --set evaluate.num_samples=1 --set evaluate.every=0 $(table)
     cp "$WORK/sd15-b$1/metrics.jsonl" "$OUT/sd15_b$1_metrics.jsonl"
     cp "$WORK/sd15-b$1/environment.json" "$OUT/environment.json"
 }
@@ -61,19 +66,19 @@ for part in "$@"; do
                 --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
                 --set rewards.1.options.clip_path="$WORK/models/reward" --set rewards.2.path="$WORK/models/pickscore" \
-                --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" --set train.dtype="$dtype" ;;
+                --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" --set train.dtype="$dtype" $(table) ;;
         rewards)
             python3 -m benchmarks.rewards agreement --images "$images" --size "$pixels" --layers "$layers" --out "$OUT/rewards_agreement.json"
             python3 -m benchmarks.rewards cost --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_cost.json"
             python3 -m benchmarks.rewards patch --rounds "$rounds" --size "$pixels" --layers "$layers" --out "$OUT/rewards_patch.json" ;;
         memory)
             models
-            python3 -m benchmarks.memory_by_depth --recipe textcraftor_sd15 --depths "$depths" --repeats 2 --out "$OUT" \
+            python3 -m benchmarks.memory_by_depth --recipe textcraftor_sd15 --depths "$depths" --policies "$policies" --repeats 2 --out "$OUT" \
                 --set model.path="$WORK/models/pipeline" --set prompts.path=shapes:train \
                 --set rewards.0.path="$WORK/models/reward" --set rewards.1.path="$WORK/models/reward/aesthetic.safetensors" \
                 --set rewards.1.options.clip_path="$WORK/models/reward" --set rewards.2.path="$WORK/models/pickscore" \
                 --set rewards.3.path="$WORK/models/hpsv2" --set model.resolution="$resolution" \
-                --set train.batch_size=1 --set train.dtype="$dtype" ;;
+                --set train.batch_size=1 --set train.dtype="$dtype" $(table) ;;
         *) echo "run_gpu.sh: unknown part '$part'; known: $parts" >&2; exit 2 ;;
     esac
 done

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.published import PublishedLoop
 from fastcraft.assemble import assemble, make_objective, make_order
@@ -109,15 +110,23 @@ def tensor_mib(step: Callable[[], float]) -> float:
     """
     gc.collect()
     storages = {}
-    for item in gc.get_objects():
-        if isinstance(item, torch.Tensor) and item.device.type == "cpu":
+    for item in filter(_is_on_cpu, gc.get_objects()):
+        if item.layout == torch.strided:
             storages[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+        else:  # weights in the compiler's own layout
+            storages[id(item)] = item.numel() * item.element_size()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     recorded: Any = profile.profiler
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return (sum(storages.values()) + max(itertools.accumulate(changes, initial=0))) / 2**20
+
+
+def _is_on_cpu(item: object) -> bool:
+    """Whether ``item`` is a tensor with memory on the CPU; the compiler keeps others, which only look so."""
+    kinds = type(item).__mro__  # isinstance would ask lazy objects for their class
+    return torch.Tensor in kinds and FakeTensor not in kinds and item.device.type == "cpu"  # type: ignore[attr-defined]
 
 
 def count(recipe: Recipe, device: torch.device) -> dict[str, float]:
