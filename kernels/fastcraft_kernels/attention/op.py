@@ -1,6 +1,7 @@
 """Self-attention as a custom op: saves q, k, v, the output and the log-sum-exp, whoever computes it."""
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     _check(q, k, v, scale, backend)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    # numbers under torch.compile too: the table has a row for each
+    sequence, head_dim = operator.index(q.shape[1]), operator.index(q.shape[-1])
     providers = _providers(
-        current_backend(), backend, dispatch.generation(), q.device, q.dtype, q.shape[-1], int(q.shape[1]), grad
+        current_backend(), backend, dispatch.generation(), q.device, q.dtype, head_dim, sequence, grad
     )
     if providers[0] == SDPA:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)

@@ -69,8 +69,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, num_shared: int
         raise ValueError(f"cross_attention: q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     if not 1 <= num_shared <= n:
         raise ValueError(f"cross_attention: num_shared must be 1 to {n}, the samples of q, got {num_shared}")
-    if k.dim() != 4 or k.shape[0] not in (1, n - num_shared + 1) or k.shape[2:] != (heads, width):
-        wanted = f"({n - num_shared + 1} or 1, L, {heads}, {width})"
+    rows = n - num_shared + 1  # compared one by one: sizes may be symbols of torch.compile, which "in" does not compare
+    if k.dim() != 4 or not (k.shape[0] == 1 or k.shape[0] == rows) or k.shape[2] != heads or k.shape[3] != width:
+        wanted = f"({rows} or 1, L, {heads}, {width})"
         raise ValueError(f"cross_attention: k must be {wanted} to fit q, got shape {tuple(k.shape)}")
     if not 1 <= k.shape[1] <= MAX_KEYS:
         raise ValueError(f"cross_attention: k must hold 1 to {MAX_KEYS} keys, got {k.shape[1]}")

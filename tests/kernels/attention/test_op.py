@@ -51,14 +51,16 @@ def test_gradcheck_and_opcheck():
     torch.library.opcheck(torch.ops.fastcraft.attention.default, (*inputs, 0.2, "reference", "reference"))
 
 
-def test_compiled_and_checkpointed_agree_with_eager():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_and_checkpointed_agree_with_eager(dynamic):
     inputs = qkv(dtype=torch.float32)
 
     def gradients(op):
         return torch.autograd.grad(op(*inputs).square().sum(), inputs)
 
     want = gradients(attention)
-    compiled = torch.compile(lambda q, k, v: attention(q, k, v) * 1.0, backend="aot_eager", fullgraph=True)
+    options = {"backend": "aot_eager", "fullgraph": True, "dynamic": dynamic}
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v) * 1.0, **options)
     again = gradients(lambda *x: torch.utils.checkpoint.checkpoint(attention, *x, use_reentrant=False))
     for got in (gradients(compiled), again):
         torch.testing.assert_close(got, want)

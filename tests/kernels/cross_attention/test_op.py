@@ -124,10 +124,12 @@ def test_other_uses_of_gathered_keys_count_too():
     torch.testing.assert_close(torch.autograd.grad(loss, [k, v]), want)
 
 
-def test_compiled_agrees_with_eager():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_agrees_with_eager(dynamic):
     inputs = qkv(n=4, kv=3, dtype=torch.float32)
     op = partial(cross_attention, num_shared=2)
-    compiled = torch.compile(lambda q, k, v: op(q, k, v) * 1.0, backend="aot_eager", fullgraph=True)
+    options = {"backend": "aot_eager", "fullgraph": True, "dynamic": dynamic}
+    compiled = torch.compile(lambda q, k, v: op(q, k, v) * 1.0, **options)
     want, got = (torch.autograd.grad(op(*inputs).square().sum(), inputs) for op in (op, compiled))
     torch.testing.assert_close(got, want)
 
