@@ -196,8 +196,10 @@ def plot(rows: Sequence[dict[str, Any]], file: Path, *, title: str) -> None:
     spreads = [[row["batch_size"] / row["seconds_20_50_80"][i] for i in (2, 0)] for row in rows]
     kind = "tensor_memory_mib" if all("tensor_memory_mib" in row for row in rows) else "step_memory_mib"
     rates, bytes_ = [row["samples_per_sec"] for row in rows], [row[kind] for row in rows]
-    speed.barh(names, rates, color=colours, height=0.68)
-    memory.barh(names, bytes_, color=colours, height=0.68)
+    places = range(len(rows))  # names may be the same in two ladders
+    speed.barh(places, rates, color=colours, height=0.68)
+    memory.barh(places, bytes_, color=colours, height=0.68)
+    speed.set_yticks(places, names)
     for position, (value, (slow, fast), mib) in enumerate(zip(rates, spreads, bytes_, strict=True)):
         speed.plot([slow, fast], [position, position], color="#222222", linewidth=1.2)
         speed.annotate(f"{value:.2f}", (max(value, fast), position), (5, 0), textcoords="offset points", va="center")
