@@ -85,6 +85,16 @@ def test_a_chain_that_starts_late_sends_the_gradient_of_the_steps_it_runs(make):
     assert torch.equal(*grads)
 
 
+def test_a_second_pass_is_refused(make):
+    """It would end with steps still waiting for others."""
+    objective, _ = make(**STOP)
+    objective.make_plan = make_policy("batched:2").plan
+    (output,) = objective.losses(PromptBatch(prompts=["a red cat"], indices=[4]), draw=0)
+    output.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="go backward once"):
+        output.loss.backward()
+
+
 def test_a_chain_with_gradient_through_its_latents_is_refused(make):
     objective, _ = make(**STOP)
     model = objective.model
