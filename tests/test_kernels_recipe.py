@@ -87,11 +87,12 @@ def test_auto_weighs_what_compiled_code_can_do(monkeypatch, compile, weighed):
 
     asked = []
 
-    def planner(recipe, networks, device, *, treatments):
+    def planner(networks, *, treatments, batched, **options):
+        assert batched == (compile == "none")
         asked.extend(treatments)
         raise UserError("enough")
 
-    monkeypatch.setattr(module, "run_planner", planner)
+    monkeypatch.setattr(module, "planner_of", planner)
     recipe = load_recipe("shapes", [f"kernels.compile={compile}", "memory.policy=auto"])
     with pytest.raises(UserError, match="enough"):
         module.policy_of(recipe, object(), CPU)

@@ -52,7 +52,8 @@ def refuse_acceleration(
     if plan is None:
         return
     treatments = sorted({*plan.steps, RECOMPUTE} if plan.segments else set(plan.steps))
-    if cuda_graphs == "all" and (plan.segments or not set(treatments) <= {KEEP, RECOMPUTE}):
+    together = plan.segments or plan.batched
+    if cuda_graphs == "all" and (together or not set(treatments) <= {KEEP, RECOMPUTE}):
         raise UserError(
             "kernels.cuda_graphs: 'all' replays single steps, kept or recomputed as a whole (memory.policy none, step, "
             f"last_k_live:k), got {policy or treatments!r}"
@@ -62,6 +63,11 @@ def refuse_acceleration(
         raise UserError(
             f"kernels.compile: {compile!r} hides what is inside, so that no part of it can be kept; memory.policy must "
             f"be {known} segment:k or last_k_live:k, got {policy or treatments!r}"
+        )
+    if plan.batched and compile in COMPILED_TREATMENTS:
+        raise UserError(
+            f"kernels.compile: {compile!r} compiles for one step at a time, where backward would run batches of them "
+            f"eager; memory.policy must not be {policy or 'one with batches of steps'!r}"
         )
 
 

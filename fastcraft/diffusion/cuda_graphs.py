@@ -214,4 +214,6 @@ class _Replayed(torch.autograd.Function):
 
 
 def _key(inputs: Sequence[Tensor]) -> Key:
-    return tuple((tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in inputs)
+    """Without gradient mode nothing requires gradient."""
+    grad = torch.is_grad_enabled()
+    return tuple((tuple(tensor.shape), tensor.dtype, grad and tensor.requires_grad) for tensor in inputs)

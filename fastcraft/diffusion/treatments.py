@@ -86,7 +86,13 @@ class BatchedSteps:
     def arrived(
         self, call: Callable[..., Tensor], index: int, gradient: Tensor, inputs: Tensor, args: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        """The gradients of ``args`` by all steps that waited, once there are enough of them; before, nothing."""
+        """The gradients of ``args`` by all steps that waited, once there are enough of them; before, nothing.
+
+        Raises:
+            RuntimeError: a second backward pass, which could not know when the last step is there.
+        """
+        if not self.left:
+            raise RuntimeError("batched: steps that go backward in batches go backward once")
         self.waiting.append((index, inputs, gradient))
         self.left -= 1
         if len(self.waiting) < self.size and self.left:

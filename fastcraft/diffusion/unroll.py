@@ -84,11 +84,12 @@ def denoise(
         raise ValueError(f"denoise: plan has {len(plan.steps)} steps, trajectory {len(trajectory.grad_steps)}")
     if plan.batched and trajectory.input_grad:
         raise ValueError(f"denoise: plan.batched needs a trajectory with input_grad = False, got {plan.batched}")
+    num_to_run = sum(index >= start for index in trajectory.grad_steps)
     chain = _Chain(
         unet=unet, sampler=sampler, guidance_scale=guidance_scale, trajectory=trajectory, noises=noises,
         treatments=dict(zip(trajectory.grad_steps, plan.steps, strict=True)),
         timesteps=torch.tensor(sampler.timesteps, device=latents.device),
-        batches=BatchedSteps(plan.batched, num_steps=len(plan.steps)) if plan.batched else None,
+        batches=BatchedSteps(plan.batched, num_steps=num_to_run) if plan.batched else None,
     )  # fmt: skip
     first = min(trajectory.grad_steps, default=trajectory.num_steps)
     if start < first:

@@ -49,6 +49,7 @@ def planner_of(
     decode_micro_batch: int = 0,
     world_size: int = 1,
     treatments: Iterable[str] = (),
+    batched: bool = True,
 ) -> Planner:
     """A planner for these networks on this device.
 
@@ -63,6 +64,7 @@ def planner_of(
         decode_micro_batch: 0 = free to choose.
         world_size: ranks of ZeRO-2.
         treatments: what the estimate is to know; none = those of `treatments_on`.
+        batched: see `Planner`.
     """
     card = card_of(device)
     treatments = tuple(treatments) or treatments_on(device)
@@ -81,4 +83,5 @@ def planner_of(
         input_grad=input_grad,
         budget_bytes=int(budget_gib * 2**30) or None,
         decode_micro_batch=decode_micro_batch,
+        batched=batched,
     )

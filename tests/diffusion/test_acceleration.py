@@ -171,6 +171,16 @@ def test_more_kinds_of_calls_than_are_recorded_run_eager_and_are_said(images, po
     assert unet.take_notes() == []
 
 
+def test_without_gradient_mode_what_would_require_gradient_is_no_other_kind_of_call(images):
+    unet, recorder = graphed(images)
+    with torch.no_grad():
+        for size in range(1, MAX_SHAPES + 1):
+            unet._graphs(torch.exp, [torch.ones(size)], keep=True)
+        assert unet._graphs.takes([torch.ones(MAX_SHAPES, requires_grad=True)])
+    assert not unet._graphs.takes([torch.ones(MAX_SHAPES, requires_grad=True)])
+    assert recorder.recorded == MAX_SHAPES
+
+
 POLICIES = ["none", "step", "step+block", "segment:2", "last_k_live:1"]
 
 
@@ -299,6 +309,9 @@ def test_a_patched_unet_is_compiled_and_graphed(images):
         ({"compile": "blocks", "policy": "sac:attention+conv"}, "hides what is inside.* got 'sac:attention"),
         ({"compile": "whole", "policy": "offload:conv"}, "hides what is inside.* got 'offload:conv"),
         ({"compile": "whole", "policy": "step+block"}, "must be none, step, segment:k"),
+        ({"cuda_graphs": "all", "policy": "batched:2", "device_type": "cuda"}, "replays single steps.*'batched:2'"),
+        ({"compile": "blocks", "policy": "batched:2"}, "'blocks' compiles for one step at a time.*'batched:2'"),
+        ({"compile": "whole", "policy": "batched:1"}, "'whole' compiles for one step at a time.*'batched:1'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):

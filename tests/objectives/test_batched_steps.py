@@ -1,5 +1,7 @@
 """Independent steps taken backward in batches: the gradient of the whole graph, for every way that a run can end."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,33 @@ def test_the_gradient_is_that_of_keeping_everything(make, settings, micro_batch)
                 assert torch.equal(gradient, expected)
             else:
                 assert max(calls) > min(calls)  # several steps in one call
+
+
+def test_a_chain_that_starts_late_sends_the_gradient_of_the_steps_it_runs(make):
+    objective, _ = make(**STOP)
+    model = objective.model
+    grads = []
+    for policy in ("step", "batched:3"):
+        embeds = objective.text.original(["a"])
+        cond = embeds.cond.detach().double().requires_grad_()
+        kv = model.text_kv(replace(embeds, cond=cond))
+        end = model.denoise(
+            model.noise([1])[0], text_kv=kv, prefix_kv=kv, start=T - 1, plan=make_policy(policy).plan(3),
+            trajectory=Trajectory(num_steps=T, grad_steps=(T - 3, T - 2, T - 1), input_grad=False),
+        )  # fmt: skip
+        grads += torch.autograd.grad(end.sum(), cond, allow_unused=True)
+    assert grads[0].abs().max() > 0
+    assert torch.equal(*grads)
+
+
+def test_a_second_pass_is_refused(make):
+    """It would end with steps still waiting for others."""
+    objective, _ = make(**STOP)
+    objective.make_plan = make_policy("batched:2").plan
+    (output,) = objective.losses(PromptBatch(prompts=["a red cat"], indices=[4]), draw=0)
+    output.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="go backward once"):
+        output.loss.backward()
 
 
 def test_a_chain_with_gradient_through_its_latents_is_refused(make):
