@@ -162,6 +162,7 @@ def run_planner(recipe: Recipe, networks: Networks, device: torch.device, *, tre
         decode_micro_batch=recipe.memory.decode_micro_batch,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         treatments=treatments,
+        batches=recipe.kernels.compile not in COMPILED_TREATMENTS,  # which are of one size
     )
 
 
