@@ -140,11 +140,11 @@ def write(rows: "list[Row]", stem: Path, *, recipe: "Recipe", device: "torch.dev
     from fastcraft.memory.profile import as_csv
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".csv").write_text(as_csv(rows), encoding="utf-8")
+    stem.with_name(f"{stem.name}.csv").write_text(as_csv(rows), encoding="utf-8")
     result = {"command": command, "environment": environment(), "rows": [asdict(row) for row in rows]}
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     title = f"{Path(recipe.model.path).name}, batch {recipe.train.batch_size}, {recipe.train.dtype}, {device.type}"
-    plot(rows, stem.with_suffix(".png"), title=title)
+    plot(rows, stem.with_name(f"{stem.name}.png"), title=title)
 
 
 def _numbers(text: str) -> list[int]:

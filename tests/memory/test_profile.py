@@ -138,11 +138,11 @@ def test_the_command_measures_every_setting(recipe, tmp_path, capsys):
 def test_all_steps_in_the_memory_of_one(recipe, tmp_path):
     """Real runs: where the budget is what one step takes that keeps everything, T = 25 take no more."""
     options = ["--recipe", str(recipe), "--repeats", "1", "--out", str(tmp_path), "--set", "train.batch_size=1"]
-    options += ["--set", "sampler.num_inference_steps=25"]
+    options += ["--set", "sampler.num_inference_steps=25", "--name", "t.25"]
 
     def rows(*more):
         assert main(["profile", *options, *more]) == 0
-        return json.loads((tmp_path / "memory_by_depth.json").read_text())["rows"]
+        return json.loads((tmp_path / "t.25.json").read_text())["rows"]
 
     (one,) = rows("--depths", "1", "--policies", "none")
     budget = (one["predicted_peak_mib"] + one["predicted_static_mib"]) / 2**10
