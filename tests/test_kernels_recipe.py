@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fastcraft.assemble import assemble, make_objective, make_order, run_planner
+from fastcraft.assemble import assemble, make_objective, make_order
 from fastcraft.config import load_recipe
 from fastcraft.errors import UserError
+from fastcraft.policy import run_planner
 from fastcraft_kernels.backend import current_backend, set_backend
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is
 @pytest.mark.parametrize("compile", ["none", "prefix", "blocks", "whole"])
 def test_auto_batches_no_steps_that_are_compiled_one_by_one(monkeypatch, compile):
     asked = []
-    monkeypatch.setattr("fastcraft.assemble.planner_of", lambda networks, **options: asked.append(options))
+    monkeypatch.setattr("fastcraft.policy.planner_of", lambda networks, **options: asked.append(options))
     recipe = load_recipe("shapes", [f"kernels.compile={compile}", "objective.input_grad=false"])
     run_planner(recipe, object(), CPU)
     assert [options["batches"] for options in asked] == [compile in ("none", "prefix")]
@@ -99,7 +100,7 @@ def test_auto_batches_no_steps_that_are_compiled_one_by_one(monkeypatch, compile
 )
 def test_auto_weighs_what_compiled_code_can_do(monkeypatch, compile, weighed):
     """None named means all that the device can do."""
-    from fastcraft import assemble as module
+    from fastcraft import policy as module
 
     asked = []
 

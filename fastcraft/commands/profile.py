@@ -78,13 +78,14 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     """
     import torch
 
-    from fastcraft.assemble import assemble, make_objective, policy_of, run_planner
+    from fastcraft.assemble import assemble, make_objective
     from fastcraft.data.order import PromptOrder
     from fastcraft.engine.out_of_memory import is_out_of_memory
     from fastcraft.forecast.auto import treatments_on
     from fastcraft.forecast.networks import networks_of
     from fastcraft.memory.planner import describe
     from fastcraft.memory.profile import measure_row, time_steps
+    from fastcraft.policy import policy_of, run_planner
 
     first = next(iter(recipes.values()))
     parts = assemble(first, device=device)
