@@ -59,6 +59,7 @@ def run_planner(recipe: Recipe, networks: Networks, device: torch.device, *, tre
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         treatments=treatments,
         batches=recipe.kernels.compile not in COMPILED_TREATMENTS,  # which are of one size
+        unet_copies=int(recipe.kernels.compile in ("prefix", "whole")),
     )
 
 

@@ -86,12 +86,14 @@ def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is
 
 
 @pytest.mark.parametrize("compile", ["none", "prefix", "blocks", "whole"])
-def test_auto_batches_no_steps_that_are_compiled_one_by_one(monkeypatch, compile):
+def test_auto_knows_what_compiled_code_takes_and_cannot_do(monkeypatch, compile):
+    """No steps in batches where they are compiled one by one; the weights once more where they are frozen in."""
     asked = []
     monkeypatch.setattr("fastcraft.policy.planner_of", lambda networks, **options: asked.append(options))
     recipe = load_recipe("shapes", [f"kernels.compile={compile}", "objective.input_grad=false"])
     run_planner(recipe, object(), CPU)
     assert [options["batches"] for options in asked] == [compile in ("none", "prefix")]
+    assert [options["unet_copies"] for options in asked] == [compile in ("prefix", "whole")]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def planner_of(
     world_size: int = 1,
     treatments: Iterable[str] = (),
     batches: bool = True,
+    unet_copies: int = 0,
 ) -> Planner:
     """A planner for these networks on this device.
 
@@ -65,6 +66,7 @@ def planner_of(
         world_size: ranks of ZeRO-2.
         treatments: what the estimate is to know; none = those of `treatments_on`.
         batches: see `Planner`.
+        unet_copies: of the UNet's weights besides, as compiled code has them that they are frozen into.
     """
     card = card_of(device)
     treatments = tuple(treatments) or treatments_on(device)
@@ -76,6 +78,9 @@ def planner_of(
         world_size=world_size,
         treatments=tuple(sorted(treatments)),
     )
+    if unet_copies:
+        copies = {"UNet in compiled code": unet_copies * estimate.static["UNet"]}
+        estimate = replace(estimate, static={**estimate.static, **copies})
     return Planner(
         estimate,
         card,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastcraft.forecast.auto import card_of
+from fastcraft.forecast.auto import card_of, planner_of
 from fastcraft.memory.architectures import towers_of
 from fastcraft.memory.cards import CARDS, find_card, parse_bytes
 from fastcraft.memory.cost import Cost, Line
@@ -130,6 +130,18 @@ def test_steps_are_not_batched_where_only_their_own_size_is_compiled(estimate):
     for batches in (True, False):
         found = planner(estimate, 99999, input_grad=False, batches=batches).frontier(6, batch_size=1)
         assert any(choice.plan.batched for choice in found) == batches
+
+
+def test_weights_that_are_frozen_into_code_count_once_more(estimate, monkeypatch):
+    monkeypatch.setattr("fastcraft.forecast.auto.cached_estimate", lambda networks, **options: estimate)
+    options = {"guided": True, "uncond_trained": True, "num_inference_steps": 10, "input_grad": True}
+    peaks = [
+        planner_of(None, device=torch.device("cpu"), budget_gib=99, unet_copies=copies, **options)
+        .choose(4, batch_sizes=[1])
+        .peak_bytes
+        for copies in (0, 1)
+    ]
+    assert peaks[1] - peaks[0] == 100 * MIB
 
 
 @pytest.mark.parametrize(
