@@ -74,6 +74,7 @@ def test_steps_in_batches_are_predicted_for_a_stop_gradient(tiny_pipeline, capsy
         (["--device", "h200", "--policy", "stpe"], "memory.policy: unknown name 'stpe'; did you mean 'step'?"),
         (["--device", "h200", "--policy", "batched:2"], "'batched:2' needs objective.input_grad = false"),
         (["--device", "1MiB", "--policy", "none"], "--policy: 'none' takes"),
+        (["--device", "h200", "--json", __file__ + "/plan.json"], "--json: cannot write"),
         (["--device", "h200", "--model", "sd16"], "--model: expected a diffusers folder or one of sd15, sd21, sdxl"),
     ],
 )

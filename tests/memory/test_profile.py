@@ -163,6 +163,8 @@ def test_all_steps_in_the_memory_of_one(recipe, tmp_path):
     [
         (["--depths", "1,x"], "--depths must be numbers of steps, 1 or more, joined by commas, got '1,x'"),
         (["--depths", "9"], "--depths must be at most sampler.num_inference_steps (4), got 9"),
+        (["--policies", " , "], "--policies: at least one name is required, got ' , '"),
+        (["--depths", "1", "--out", f"{__file__}/out"], "--out: cannot make the folder"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--depths", "1", "--policies", "non"], "memory.policy: unknown name 'non'; did you mean 'none'?"),
     ],
