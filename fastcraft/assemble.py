@@ -1,9 +1,8 @@
-"""From a recipe to its parts: the only place that reads the whole recipe and hands plain arguments on."""
+"""From a recipe to its parts. Only this file and `policy.py` read the whole recipe; others get plain arguments."""
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,21 @@ from torch import Tensor
 
 from fastcraft.data.order import PromptOrder
 from fastcraft.data.prompts import load_prompts
-from fastcraft.diffusion.acceleration import COMPILED_TREATMENTS, refuse_acceleration
 from fastcraft.diffusion.components import Components, load_components
 from fastcraft.diffusion.image_model import ImageModel
-from fastcraft.diffusion.parity import Probe, accelerate
 from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.diffusion.use_kernels import use_kernels
 from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
-from fastcraft.forecast.auto import planner_of
-from fastcraft.forecast.networks import Networks, networks_of
-from fastcraft.memory.planner import AutoPlan, Planner
-from fastcraft.memory.policies import plan_maker
+from fastcraft.forecast.networks import networks_of
+from fastcraft.memory.planner import AutoPlan
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
+from fastcraft.policy import accelerated, policy_of, refuse_switches
 from fastcraft.recipe import Recipe, RewardConfig
-from fastcraft.records import CheckpointPlan, Trajectory
+from fastcraft.records import CheckpointPlan
 from fastcraft.registry import resolve
 from fastcraft.rewards import RewardSpec, build_rewards
 from fastcraft.rewards.clip_tower import Towers
@@ -76,7 +72,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
     dtype = getattr(torch, recipe.train.dtype)
     if not recipe.rewards:
         raise UserError("rewards: at least one [[rewards]] table is required, got none")
-    _refuse_acceleration(recipe, device)
+    refuse_switches(recipe, device)
     if recipe.memory.policy != "auto":
         policy_of(recipe, None, device)  # a wrong name is said before anything is loaded
     sampler_class = SAMPLERS.get(recipe.sampler.name)
@@ -127,7 +123,7 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
         device=device,
         straight_through_clamp=recipe.objective.straight_through_clamp,
     )
-    image_model, acceleration = _accelerated(recipe, image_model, make_plan(recipe.objective.backprop_steps))
+    image_model, acceleration = accelerated(recipe, image_model, make_plan(recipe.objective.backprop_steps))
     return Parts(
         components=components,
         trained=trained,
@@ -147,51 +143,6 @@ def assemble(recipe: Recipe, *, device: torch.device) -> Parts:
 
 def _specs(rewards: Sequence[RewardConfig]) -> list[RewardSpec]:
     return [RewardSpec(entry.name, entry.weight, entry.path, entry.options, entry.label) for entry in rewards]
-
-
-def run_planner(recipe: Recipe, networks: Networks, device: torch.device, *, treatments: Iterable[str] = ()) -> Planner:
-    """A planner for a recipe's run on a device; ``treatments`` are what it can weigh, none = all there are."""
-    return planner_of(
-        networks,
-        device=device,
-        guided=recipe.sampler.guidance_scale != 1,
-        uncond_trained=recipe.text.uncond_encoder == "trained",
-        num_inference_steps=recipe.sampler.num_inference_steps,
-        input_grad=recipe.objective.input_grad,
-        budget_gib=recipe.memory.budget_gib,
-        decode_micro_batch=recipe.memory.decode_micro_batch,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        treatments=treatments,
-        batched=recipe.kernels.compile not in COMPILED_TREATMENTS,
-    )
-
-
-def policy_of(
-    recipe: Recipe, networks: Networks | None, device: torch.device
-) -> tuple[Callable[[int], CheckpointPlan], AutoPlan | None]:
-    """The recipe's policy: from the number of steps with gradient to the plan; and the planner behind ``auto``.
-
-    Args:
-        recipe: of the run.
-        networks: what ``auto`` weighs; not needed for other policies.
-        device: where it trains.
-
-    Raises:
-        UserError: a policy that is not there or cannot be had here, or a budget that nothing meets.
-    """
-    depth, memory = recipe.objective.backprop_steps, recipe.memory
-    if memory.policy == "auto" and networks is not None:
-        treatments = COMPILED_TREATMENTS.get(recipe.kernels.compile, ())
-        planner = run_planner(recipe, networks, device, treatments=treatments)
-        auto = AutoPlan(planner, batch_size=recipe.train.batch_size)
-        auto.choose(depth)
-        return auto.plan, auto
-    make = plan_maker(
-        memory.policy, backprop_steps=depth, decode_micro_batch=memory.decode_micro_batch, device_type=device.type,
-        input_grad=recipe.objective.input_grad,
-    )  # fmt: skip
-    _refuse_acceleration(recipe, device, make(depth))
-    return make, None
 
 
 def make_objective(recipe: Recipe, parts: Parts, encode: Callable[[Tensor], Tensor]) -> tuple[Any, PromptEncoder]:
@@ -284,38 +235,6 @@ def prompt_file(path: str) -> Path:
         known = ", ".join(f"shapes:{other.stem}" for other in sorted(file.parent.glob("*.txt")))
         raise UserError(f"prompts.path: unknown bundled prompts {path!r}; known: {known}")
     return file
-
-
-def _accelerated(recipe: Recipe, model: ImageModel, plan: CheckpointPlan) -> tuple[ImageModel, str]:
-    """The model with its UNet compiled or in graphs, checked; and what to tell the person."""
-    kernels = recipe.kernels
-    if kernels.compile == kernels.cuda_graphs == "none":
-        return model, ""
-    objective, total = recipe.objective, recipe.sampler.num_inference_steps
-    probe = Probe(
-        model=model,
-        batch_size=recipe.train.batch_size,
-        plan=plan,
-        trajectory=Trajectory(
-            num_steps=total,
-            grad_steps=tuple(range(total - len(plan.steps), total)),
-            input_grad=objective.input_grad,
-            uncond_grad=objective.uncond_grad,
-        ),
-        uncond_trained=recipe.text.uncond_encoder == "trained",
-    )
-    unet, said = accelerate(probe, compile=kernels.compile, cuda_graphs=kernels.cuda_graphs)
-    return dataclasses.replace(model, unet=unet), said
-
-
-def _refuse_acceleration(recipe: Recipe, device: torch.device, plan: CheckpointPlan | None = None) -> None:
-    refuse_acceleration(
-        compile=recipe.kernels.compile,
-        cuda_graphs=recipe.kernels.cuda_graphs,
-        device_type=device.type,
-        plan=plan,
-        policy=recipe.memory.policy,
-    )
 
 
 def _count_truncated(tokenizer: Any, prompts: Sequence[str]) -> str:

@@ -1,10 +1,11 @@
 """What ``--dry-run`` prints: the resolved recipe, the plan, the parameter counts and what one step takes."""
 
-from fastcraft.assemble import Parts, run_planner
+from fastcraft.assemble import Parts
 from fastcraft.config import dump_recipe
 from fastcraft.forecast.networks import networks_of
 from fastcraft.memory.cost import parameter_counts
 from fastcraft.memory.planner import describe as describe_plan
+from fastcraft.policy import run_planner
 from fastcraft.recipe import Recipe
 from fastcraft.records import KEEP, RECOMPUTE
 

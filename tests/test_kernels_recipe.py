@@ -6,6 +6,7 @@ import torch
 from fastcraft.assemble import assemble, make_objective, make_order
 from fastcraft.config import load_recipe
 from fastcraft.errors import UserError
+from fastcraft.policy import run_planner
 from fastcraft_kernels.backend import current_backend, set_backend
 
 CPU = torch.device("cpu")
@@ -71,10 +72,28 @@ def test_triton_patches(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", ["blocks", "whole"])
-def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is_loaded(compile):
-    settings = [f"kernels.compile={compile}", "memory.policy=sac:attention+conv", "model.path=nowhere"]
-    with pytest.raises(UserError, match=rf"kernels.compile: '{compile}' hides what is inside.*sac:attention\+conv"):
-        assemble(load_recipe("shapes", settings), device=CPU)
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [("sac:attention+conv", "hides what is inside"), ("batched:2", "is compiled for training's micro-batch")],
+)
+def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is_loaded(compile, policy, why):
+    settings = [f"kernels.compile={compile}", f"memory.policy={policy}", "model.path=nowhere"]
+    with pytest.raises(UserError) as refused:
+        assemble(load_recipe("shapes", [*settings, "objective.input_grad=false"]), device=CPU)
+    message = str(refused.value)
+    assert message.startswith(f"kernels.compile: {compile!r} {why}")
+    assert message.endswith(f"got {policy!r}")
+
+
+@pytest.mark.parametrize("compile", ["none", "prefix", "blocks", "whole"])
+def test_auto_knows_what_compiled_code_takes_and_cannot_do(monkeypatch, compile):
+    """No steps in batches where they are compiled one by one; the weights once more where they are frozen in."""
+    asked = []
+    monkeypatch.setattr("fastcraft.policy.planner_of", lambda networks, **options: asked.append(options))
+    recipe = load_recipe("shapes", [f"kernels.compile={compile}", "objective.input_grad=false"])
+    run_planner(recipe, object(), CPU)
+    assert [options["batches"] for options in asked] == [compile in ("none", "prefix")]
+    assert [options["unet_copies"] for options in asked] == [compile in ("prefix", "whole")]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +102,7 @@ def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is
 )
 def test_auto_weighs_what_compiled_code_can_do(monkeypatch, compile, weighed):
     """None named means all that the device can do."""
-    from fastcraft import assemble as module
+    from fastcraft import policy as module
 
     asked = []
 

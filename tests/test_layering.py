@@ -11,8 +11,9 @@ FLOORS = {
     "fastcraft.registry": 1, "fastcraft.records": 1, "fastcraft.recipe": 1, "fastcraft.config": 2,
     "fastcraft.data": 3, "fastcraft.text": 3, "fastcraft.diffusion": 3, "fastcraft.memory": 3, "fastcraft.rewards": 3,
     "fastcraft.objectives": 4, "fastcraft.engine": 4, "fastcraft.evaluation": 4, "fastcraft.shapes": 4,
-    "fastcraft.forecast": 5, "fastcraft.assemble": 6, "fastcraft.evaluator": 7, "fastcraft.dry_run": 7,
-    "fastcraft.trainer": 8, "fastcraft.train": 9, "fastcraft.commands": 9, "fastcraft.cli": 10,
+    "fastcraft.forecast": 5, "fastcraft.policy": 6, "fastcraft.assemble": 7, "fastcraft.evaluator": 8,
+    "fastcraft.dry_run": 8, "fastcraft.trainer": 9, "fastcraft.train": 10, "fastcraft.commands": 10,
+    "fastcraft.cli": 11,
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},

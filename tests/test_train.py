@@ -288,7 +288,7 @@ def test_an_accelerated_run_says_so_and_what_ran_slower_once(recipe, tmp_path, m
         assert (compile, cuda_graphs) == ("prefix", "none")
         return Noted(probe.model.unet), "kernels.compile = 'prefix': ready after 0 s"
 
-    monkeypatch.setattr("fastcraft.assemble.accelerate", accelerate)
+    monkeypatch.setattr("fastcraft.policy.accelerate", accelerate)
     assert run(recipe, tmp_path / "run", "--set", "kernels.compile=prefix") == 0
     printed = capsys.readouterr()
     for text in ("'prefix': ready after 0 s", "runs eager on other latents"):

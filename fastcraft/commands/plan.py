@@ -82,8 +82,12 @@ def run(args: argparse.Namespace) -> int:
     best = max((row for row in rows if row.peak_bytes <= planner.budget_bytes), key=lambda row: row.samples_per_sec)
     print(_report(planner, best, rows, args))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(_as_json(planner, best, rows, args), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(_as_json(planner, best, rows, args), indent=1) + "\n"
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json: cannot write {args.json}: {error.strerror}") from error
     return 0
 
 

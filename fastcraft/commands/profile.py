@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from fastcraft.memory.profile import table
 
     policies = [name.strip() for name in args.policies.split(",") if name.strip()]
+    if not policies:
+        raise UserError(f"--policies: at least one name is required, got {args.policies!r}")
     shallow = load_recipe(args.recipe, args.overrides, {"objective.backprop_steps": 1})
     longest = shallow.sampler.num_inference_steps
     if max(depths) > longest:
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         for depth in depths
         for name in policies
     }
+    if args.out:
+        _make_folder((args.out / args.name).parent)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     rows = measure(recipes, device=device, repeats=args.repeats)
     print(table(rows))
@@ -78,13 +82,14 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     """
     import torch
 
-    from fastcraft.assemble import assemble, make_objective, policy_of, run_planner
+    from fastcraft.assemble import assemble, make_objective
     from fastcraft.data.order import PromptOrder
     from fastcraft.engine.out_of_memory import is_out_of_memory
     from fastcraft.forecast.auto import treatments_on
     from fastcraft.forecast.networks import networks_of
     from fastcraft.memory.planner import describe
     from fastcraft.memory.profile import measure_row, time_steps
+    from fastcraft.policy import policy_of, run_planner
 
     first = next(iter(recipes.values()))
     parts = assemble(first, device=device)
@@ -134,17 +139,24 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
 
 
 def write(rows: "list[Row]", stem: Path, *, recipe: "Recipe", device: "torch.device", command: str) -> None:
-    """``stem`` with .csv, .json (with machine, versions and command) and .png."""
+    """``stem`` with .csv, .json (with machine, versions and command) and .png; its folder is there."""
     from fastcraft.evaluation.environment import environment
     from fastcraft.memory.plot import plot
     from fastcraft.memory.profile import as_csv
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".csv").write_text(as_csv(rows), encoding="utf-8")
+    stem.with_name(f"{stem.name}.csv").write_text(as_csv(rows), encoding="utf-8")
     result = {"command": command, "environment": environment(), "rows": [asdict(row) for row in rows]}
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     title = f"{Path(recipe.model.path).name}, batch {recipe.train.batch_size}, {recipe.train.dtype}, {device.type}"
-    plot(rows, stem.with_suffix(".png"), title=title)
+    plot(rows, stem.with_name(f"{stem.name}.png"), title=title)
+
+
+def _make_folder(folder: Path) -> None:
+    """Before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _numbers(text: str) -> list[int]:

@@ -52,17 +52,21 @@ def refuse_acceleration(
     if plan is None:
         return
     treatments = sorted({*plan.steps, RECOMPUTE} if plan.segments else set(plan.steps))
-    together = plan.segments or plan.batched
-    if cuda_graphs == "all" and (together or not set(treatments) <= {KEEP, RECOMPUTE}):
+    if cuda_graphs == "all" and (plan.segments or plan.batched or not set(treatments) <= {KEEP, RECOMPUTE}):
         raise UserError(
             "kernels.cuda_graphs: 'all' replays single steps, kept or recomputed as a whole (memory.policy none, step, "
             f"last_k_live:k), got {policy or treatments!r}"
         )
-    if not set(treatments) <= set(COMPILED_TREATMENTS.get(compile, treatments)):
+    if compile not in COMPILED_TREATMENTS:
+        return
+    why = "is compiled for training's micro-batch, and several steps at once are more" if plan.batched else ""
+    if not set(treatments) <= set(COMPILED_TREATMENTS[compile]):
+        why = "hides what is inside, so that no part of it can be kept"
+    if why:
         known = "none, step, step+block," if compile == "blocks" else "none, step,"
         raise UserError(
-            f"kernels.compile: {compile!r} hides what is inside, so that no part of it can be kept; memory.policy must "
-            f"be {known} segment:k or last_k_live:k, got {policy or treatments!r}"
+            f"kernels.compile: {compile!r} {why}; memory.policy must be {known} segment:k or last_k_live:k, got "
+            f"{policy or treatments!r}"
         )
     if plan.batched and compile in COMPILED_TREATMENTS:
         raise UserError(

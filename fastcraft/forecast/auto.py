@@ -24,10 +24,10 @@ def card_of(device: torch.device) -> Card:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         known = [card for name, card in CARDS.items() if name.partition("-")[0] in found.name.lower()]
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun, deepspeed
         return replace(
             (known or [CARDS["a100-80g"]])[0], name=found.name, memory_bytes=found.total_memory,
-            host_bytes=psutil.virtual_memory().available // (2 * local_ranks),
+            host_bytes=psutil.virtual_memory().available // (2 * int(local_ranks)),
         )  # fmt: skip
     return cpu_card(psutil.virtual_memory().available)
 
@@ -49,7 +49,8 @@ def planner_of(
     decode_micro_batch: int = 0,
     world_size: int = 1,
     treatments: Iterable[str] = (),
-    batched: bool = True,
+    batches: bool = True,
+    unet_copies: int = 0,
 ) -> Planner:
     """A planner for these networks on this device.
 
@@ -64,7 +65,8 @@ def planner_of(
         decode_micro_batch: 0 = free to choose.
         world_size: ranks of ZeRO-2.
         treatments: what the estimate is to know; none = those of `treatments_on`.
-        batched: see `Planner`.
+        batches: see `Planner`.
+        unet_copies: of the UNet's weights besides, as compiled code has them that they are frozen into.
     """
     card = card_of(device)
     treatments = tuple(treatments) or treatments_on(device)
@@ -76,6 +78,9 @@ def planner_of(
         world_size=world_size,
         treatments=tuple(sorted(treatments)),
     )
+    if unet_copies:
+        copies = {"UNet in compiled code": unet_copies * estimate.static["UNet"]}
+        estimate = replace(estimate, static={**estimate.static, **copies})
     return Planner(
         estimate,
         card,
@@ -83,5 +88,5 @@ def planner_of(
         input_grad=input_grad,
         budget_bytes=int(budget_gib * 2**30) or None,
         decode_micro_batch=decode_micro_batch,
-        batched=batched,
+        batches=batches,
     )

@@ -69,7 +69,7 @@ class Planner:
         input_grad: see `Trajectory`.
         budget_bytes: bytes that tensors may take at the peak; None = those of the card.
         decode_micro_batch: pictures decoded at once; 0 = free to choose.
-        batched: whether independent steps may go backward in batches.
+        batches: whether steps that do not wait for each other may be recomputed in batches.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Planner:
         input_grad: bool = True,
         budget_bytes: int | None = None,
         decode_micro_batch: int = 0,
-        batched: bool = True,
+        batches: bool = True,
     ) -> None:
         self.estimate = estimate
         self.card = card
@@ -89,7 +89,7 @@ class Planner:
         self.input_grad = input_grad
         self.budget_bytes = card.budget_bytes if budget_bytes is None else budget_bytes
         self.decode_micro_batch = decode_micro_batch
-        self.batched = batched and not input_grad
+        self.batches = batches
         self._frontiers: dict[tuple[int, int], list[Choice]] = {}
 
     def choose(self, backprop_steps: int, *, batch_sizes: Iterable[int] = BATCH_SIZES) -> Choice:
@@ -159,7 +159,7 @@ class Planner:
         """Every pair of treatments and every split, every size of batches; all with every way to decode."""
         frozen, text = self._frozen_seconds(depth, batch), self.estimate.text.held.at(batch)
         heads = self._heads(batch)
-        chains = [*self._mixtures(depth, batch), *(self._batches(depth, batch) if self.batched else [])]
+        chains = [*self._mixtures(depth, batch), *self._batches(depth, batch)]
         for chain, peak, saved, seconds in chains:
             for head_seconds, head_bytes, decode, chunk in heads:
                 plan = replace(chain, decode=decode, decode_micro_batch=chunk)
@@ -189,8 +189,8 @@ class Planner:
         return [name for name, cost in steps.items() if not cost.host.at(batch) or self.card.host_bandwidth]
 
     def _batches(self, depth: int, batch: int) -> Iterator[tuple[CheckpointPlan, int, int, float]]:
-        """The same of steps in batches; of sizes that give the same number of batches the smallest."""
-        if RECOMPUTE not in self.estimate.steps:
+        """The same of steps in batches, if they may be; of sizes that give the same number of batches the smallest."""
+        if self.input_grad or not self.batches or RECOMPUTE not in self.estimate.steps:
             return
         for size in sorted({-(-depth // number) for number in range(1, depth)}):
             plan = CheckpointPlan(steps=(RECOMPUTE,) * depth, batched=size)

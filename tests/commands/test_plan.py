@@ -27,7 +27,9 @@ def test_prints_and_writes_the_plan(tiny_pipeline, tmp_path, capsys):
     assert result["calibrated"] is False
 
 
-def test_the_fused_ops_are_part_of_it_unless_asked_otherwise(tiny_pipeline, tmp_path, capsys):
+def test_the_fused_ops_are_part_of_it_unless_asked_otherwise(tiny_pipeline, tmp_path, capsys, monkeypatch):
+    for name in ("TREATMENTS", "OFFLOADS"):  # the policy's own is enough
+        monkeypatch.setattr(f"fastcraft.forecast.phases.{name}", ())
     file, saved = tmp_path / "plan.json", []
     for kernels in ("auto", "reference"):
         options = ["--device", "h200", "--depth", "2", "--batch", "1", "--policy", "none", "--json", str(file)]
@@ -72,6 +74,7 @@ def test_steps_in_batches_are_predicted_for_a_stop_gradient(tiny_pipeline, capsy
         (["--device", "h200", "--policy", "stpe"], "memory.policy: unknown name 'stpe'; did you mean 'step'?"),
         (["--device", "h200", "--policy", "batched:2"], "'batched:2' needs objective.input_grad = false"),
         (["--device", "1MiB", "--policy", "none"], "--policy: 'none' takes"),
+        (["--device", "h200", "--json", __file__ + "/plan.json"], "--json: cannot write"),
         (["--device", "h200", "--model", "sd16"], "--model: expected a diffusers folder or one of sd15, sd21, sdxl"),
     ],
 )

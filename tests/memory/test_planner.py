@@ -3,9 +3,12 @@
 import itertools
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from fastcraft.forecast.auto import card_of, planner_of
 from fastcraft.memory.architectures import towers_of
 from fastcraft.memory.cards import CARDS, find_card, parse_bytes
 from fastcraft.memory.cost import Cost, Line
@@ -121,6 +124,42 @@ def test_independent_steps_are_batched_where_starting_ops_is_what_takes_time(est
     assert less.plan.batched == 4  # two calls, and no more steps in either than it takes
     assert alone.seconds > less.seconds > together.seconds
     assert less.peak_bytes <= 5500 * MIB < together.peak_bytes
+
+
+def test_steps_are_not_batched_where_only_their_own_size_is_compiled(estimate):
+    estimate = replace(estimate, steps={RECOMPUTE: cost(1, 1100, 1e-6)})
+    for batches in (True, False):
+        found = planner(estimate, 99999, input_grad=False, batches=batches).frontier(6, batch_size=1)
+        assert any(choice.plan.batched for choice in found) == batches
+
+
+def test_weights_that_are_frozen_into_code_count_once_more(estimate, monkeypatch):
+    monkeypatch.setattr("fastcraft.forecast.auto.cached_estimate", lambda networks, **options: estimate)
+    options = {"guided": True, "uncond_trained": True, "num_inference_steps": 10, "input_grad": True}
+    peaks = [
+        planner_of(None, device=torch.device("cpu"), budget_gib=99, unet_copies=copies, **options)
+        .choose(4, batch_sizes=[1])
+        .peak_bytes
+        for copies in (0, 1)
+    ]
+    assert peaks[1] - peaks[0] == 100 * MIB
+
+
+@pytest.mark.parametrize(
+    ("ranks", "share"), [({}, 2), ({"LOCAL_WORLD_SIZE": "4"}, 8), ({"LOCAL_SIZE": "8"}, 16)],
+    ids=["alone", "torchrun", "deepspeed"],
+)  # fmt: skip
+def test_ranks_of_one_machine_share_what_they_may_pin(monkeypatch, ranks, share):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, number in ranks.items():
+        monkeypatch.setenv(name, number)
+    found = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=2**36)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: found)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**40))
+    card = card_of(torch.device("cuda"))
+    assert (card.memory_bytes, card.host_bytes) == (2**36, 2**40 // share)
+    assert card.matmul_flops == CARDS["h100"].matmul_flops
 
 
 def test_offloading_where_the_host_has_room_and_its_link_is_fast(estimate):

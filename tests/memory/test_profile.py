@@ -1,6 +1,7 @@
 """Measured rows beside predicted ones: what a row counts, and how rows are shown; the command on the tiny model."""
 
 import csv
+import gc
 import io
 import json
 
@@ -114,7 +115,10 @@ train.batch_size = 2
 name = "brightness"
 """
     )
-    return path
+    gc.collect()
+    gc.freeze()  # profile collects before every run, slow beside all that other tests leave
+    yield path
+    gc.unfreeze()
 
 
 def test_the_command_measures_every_setting(recipe, tmp_path, capsys):
@@ -136,22 +140,22 @@ def test_the_command_measures_every_setting(recipe, tmp_path, capsys):
 
 
 def test_all_steps_in_the_memory_of_one(recipe, tmp_path):
-    """Real runs: where the budget is what one step takes that keeps everything, T = 25 take no more."""
+    """Real runs: where the budget is what one step takes that keeps everything, T = 12 take no more."""
     options = ["--recipe", str(recipe), "--repeats", "1", "--out", str(tmp_path), "--set", "train.batch_size=1"]
-    options += ["--set", "sampler.num_inference_steps=25"]
+    options += ["--set", "sampler.num_inference_steps=12", "--name", "t.12"]
 
     def rows(*more):
         assert main(["profile", *options, *more]) == 0
-        return json.loads((tmp_path / "memory_by_depth.json").read_text())["rows"]
+        return json.loads((tmp_path / "t.12.json").read_text())["rows"]
 
     (one,) = rows("--depths", "1", "--policies", "none")
     budget = (one["predicted_peak_mib"] + one["predicted_static_mib"]) / 2**10
-    shallow, deep = rows("--depths", "1,25", "--policies", "auto", "--set", f"memory.budget_gib={budget}")
+    shallow, deep = rows("--depths", "1,12", "--policies", "auto", "--set", f"memory.budget_gib={budget}")
     assert shallow["plan"].startswith("1 keep")
     assert "recompute" in deep["plan"].partition(";")[0]
     for name in ("held_mib", "peak_mib"):
         assert shallow[name] == pytest.approx(one[name], rel=0.01), name
-        assert deep[name] <= 1.1 * shallow[name], name
+        assert deep[name] <= 1.05 * shallow[name], name
 
 
 @pytest.mark.parametrize(
@@ -159,6 +163,8 @@ def test_all_steps_in_the_memory_of_one(recipe, tmp_path):
     [
         (["--depths", "1,x"], "--depths must be numbers of steps, 1 or more, joined by commas, got '1,x'"),
         (["--depths", "9"], "--depths must be at most sampler.num_inference_steps (4), got 9"),
+        (["--policies", " , "], "--policies: at least one name is required, got ' , '"),
+        (["--depths", "1", "--out", f"{__file__}/out"], "--out: cannot make the folder"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--depths", "1", "--policies", "non"], "memory.policy: unknown name 'non'; did you mean 'none'?"),
     ],
