@@ -150,7 +150,8 @@ class KernelsConfig:
     cuda_graphs: Literal["none", "prefix", "all"] = "none"
     """Replay UNet calls from CUDA graphs. prefix: those without gradient; all: those with gradient too, with
     memory.policy none, step or last_k_live. Graphs hold their memory for good, about what the steps they stand for
-    keep, which no estimate knows. Checked like compile. Not measured on a GPU."""
+    keep, which no estimate knows: not with memory.policy auto. Gradients of the text are then added up in train.dtype.
+    Checked like compile. Not measured on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,8 +106,8 @@ def test_auto_weighs_what_compiled_code_can_do(monkeypatch, compile, weighed):
 
     asked = []
 
-    def planner(networks, *, treatments, batched, **options):
-        assert batched == (compile == "none")
+    def planner(networks, *, treatments, batches, **options):
+        assert batches == (compile == "none")
         asked.extend(treatments)
         raise UserError("enough")
 

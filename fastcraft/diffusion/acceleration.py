@@ -44,10 +44,10 @@ def refuse_acceleration(
     """
     if cuda_graphs != "none" and device_type != "cuda":
         raise UserError(f"kernels.cuda_graphs: {cuda_graphs!r} needs a CUDA device, got {device_type}")
-    if cuda_graphs == "all" and policy == "auto":
+    if cuda_graphs != "none" and policy == "auto":
         raise UserError(
-            "kernels.cuda_graphs: 'all' needs a memory.policy other than 'auto', whose estimate does not know what "
-            "graphs hold"
+            f"kernels.cuda_graphs: {cuda_graphs!r} needs a memory.policy other than 'auto', whose estimate does not "
+            "know what graphs hold"
         )
     if plan is None:
         return
@@ -67,11 +67,6 @@ def refuse_acceleration(
         raise UserError(
             f"kernels.compile: {compile!r} {why}; memory.policy must be {known} segment:k or last_k_live:k, got "
             f"{policy or treatments!r}"
-        )
-    if plan.batched and compile in COMPILED_TREATMENTS:
-        raise UserError(
-            f"kernels.compile: {compile!r} compiles for one step at a time, where backward would run batches of them "
-            f"eager; memory.policy must not be {policy or 'one with batches of steps'!r}"
         )
 
 

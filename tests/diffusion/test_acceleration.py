@@ -253,10 +253,19 @@ def broken(**faults):
     return make
 
 
+class OldText:
+    """The text of the first call in the place of every later one's."""
+
+    def __call__(self, inputs):
+        self.text = self.__dict__.get("text", inputs[2:])
+        return (*inputs[:2], *self.text)
+
+
 @pytest.mark.parametrize(
     ("cuda_graphs", "faults", "what"),
     [
         ("prefix", {"output": lambda output: output * 1.001}, "prefix"),
+        ("prefix", {"output": lambda output: output, "inputs": OldText()}, "prefix"),
         ("prefix", {"output": lambda output: output * float("nan")}, "prefix"),
         ("all", {"output": lambda output: output + 0.1 * (output.requires_grad) * output.detach().mean()}, "step"),
         ("all", {"output": lambda output: output, "inputs": lambda x: (x[0], x[1] * 0 + 500, *x[2:])}, "prefix"),
@@ -304,6 +313,7 @@ def test_a_patched_unet_is_compiled_and_graphed(images):
     [
         ({"cuda_graphs": "prefix"}, "'prefix' needs a CUDA device, got cpu"),
         ({"cuda_graphs": "all", "policy": "auto", "device_type": "cuda"}, "memory.policy other than 'auto'"),
+        ({"cuda_graphs": "prefix", "policy": "auto", "device_type": "cuda"}, "memory.policy other than 'auto'"),
         ({"cuda_graphs": "all", "policy": "segment:2", "device_type": "cuda"}, "got 'segment:2'"),
         ({"cuda_graphs": "all", "policy": "sac:conv", "device_type": "cuda"}, "replays single steps"),
         ({"compile": "blocks", "policy": "sac:attention+conv"}, "hides what is inside.* got 'sac:attention"),

@@ -119,7 +119,7 @@ def test_independent_steps_are_batched_where_starting_ops_is_what_takes_time(est
     assert set(alone.plan.steps) == {KEEP}
     together = planner(bound, 99999, input_grad=False).choose(7, batch_sizes=[1])
     assert "7 recompute in batches of 7" in together.describe()
-    assert planner(bound, 99999, input_grad=False, batched=False).choose(7, batch_sizes=[1]).plan == alone.plan
+    assert planner(bound, 99999, input_grad=False, batches=False).choose(7, batch_sizes=[1]).plan == alone.plan
     less = planner(bound, 5500, input_grad=False).choose(7, batch_sizes=[1])
     assert less.plan.batched == 4  # two calls, and no more steps in either than it takes
     assert alone.seconds > less.seconds > together.seconds
