@@ -38,8 +38,8 @@ setup(
     ],
     entry_points={"console_scripts": ["fastcraft = fastcraft.cli:main"]},
     extras_require={
-        "test": ["pytest>=9", "pytest-benchmark>=5.3"],
-        "dev": ["pytest>=9", "pytest-benchmark>=5.3", "ruff==0.17.5", "mypy==2.4.1"],
+        "test": ["pytest>=9", "pytest-benchmark>=5.3", "pytest-xdist>=3.8"],
+        "dev": ["pytest>=9", "pytest-benchmark>=5.3", "pytest-xdist>=3.8", "ruff==0.17.5", "mypy==2.4.1"],
         "parquet": ["pyarrow"],
         "open_clip": ["open_clip_torch>=3.3"],  # for tests alone: the judge of how its files are read
         "detectors": ["mediapipe>=0.10.31"],

@@ -7,6 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers with threads of their own fight for cores
+
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
