@@ -4,8 +4,8 @@
 calls are told apart: without gradient (the prefix, and sampling) the compiler may freeze the weights into the code.
 Where steps with gradient are compiled or replayed, autograd adds up what they send to the text, in the UNet's dtype.
 
-Inductor's layout optimisation is off on a CPU: with it the gradient of a compiled whole UNet is wrong there (torch
-2.13, relative error 0.4), while its output is right. `fastcraft.diffusion.parity` looks for such errors at the start of
+Inductor's layout optimisation is off on a CPU: with it the gradient of a compiled whole UNet has been seen wrong there
+(torch 2.13), while its output was right. `fastcraft.diffusion.parity` looks for such errors at the start of
 every run.
 """
 
