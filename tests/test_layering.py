@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastcraft_kernels": 0, "fastcraft.errors": 0,
+    "fastcraft.straight_through": 1,
     "fastcraft.registry": 1, "fastcraft.records": 1, "fastcraft.recipe": 1, "fastcraft.config": 2,
     "fastcraft.data": 3, "fastcraft.text": 3, "fastcraft.diffusion": 3, "fastcraft.memory": 3, "fastcraft.rewards": 3,
     "fastcraft.objectives": 4, "fastcraft.engine": 4, "fastcraft.evaluation": 4, "fastcraft.shapes": 4,

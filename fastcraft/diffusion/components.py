@@ -69,7 +69,7 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
     for module in (unet, vae):
         freeze(module).to(device)
     if device.type == "cpu" and dtype == torch.bfloat16:
-        # the attention in the middle leaves pictures channels-last, whose group norm is 8 times slower in backward here
+        # the attention in the middle leaves pictures channels-last, whose group norm is slow in backward here (LOG.md)
         vae.decoder.mid_block.register_forward_hook(_contiguous)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     size = latent_size(resolution, factor, unet.config.sample_size)

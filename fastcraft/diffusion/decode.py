@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastcraft.diffusion.treatments import carry_out
 from fastcraft.records import KEEP, CheckpointPlan
+from fastcraft.straight_through import clamp_straight_through
 
 
 def decode(vae: Any, latents: Tensor, plan: CheckpointPlan, *, straight_through: bool = False) -> Tensor:
@@ -32,16 +33,4 @@ def decode(vae: Any, latents: Tensor, plan: CheckpointPlan, *, straight_through:
         for chunk in latents.split(plan.decode_micro_batch or len(latents))
     ]
     images = torch.cat(pictures) / 2 + 0.5
-    return _StraightThroughClamp.apply(images) if straight_through else images.clamp(0, 1)
-
-
-class _StraightThroughClamp(torch.autograd.Function):
-    """Clamped to [0, 1] to the last bit; backward is the identity and keeps nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:
-        return images.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    return clamp_straight_through(images) if straight_through else images.clamp(0, 1)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastcraft.straight_through import clamp_straight_through
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -57,11 +59,6 @@ def resize_normalize(
     # Python numbers, not tensors: a tensor made here would cost a copy to the device at every call.
     channels = [(plane - m) / s for plane, m, s in zip(images.unbind(dim=1), mean, std, strict=True)]
     return torch.stack(channels, dim=1)
-
-
-def clamp_straight_through(images: Tensor) -> Tensor:
-    """``images`` clamped to ``[0, 1]``; the gradient is that of the identity, so pixels outside still learn."""
-    return images + (images.detach().clamp(0.0, 1.0) - images.detach())
 
 
 def to_bytes(images: Tensor) -> Any:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcraft.rewards.preprocess import CLIP_MEAN, CLIP_STD, clamp_straight_through, resize_normalize
+from fastcraft.rewards.preprocess import CLIP_MEAN, CLIP_STD, resize_normalize
+from fastcraft.straight_through import clamp_straight_through
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
