@@ -1,6 +1,6 @@
 """Layout of a decode on a CPU: ``OMP_NUM_THREADS=1 python -m benchmarks.cpu_decode [--out FILE]``.
 
-The bundled VAE with its pictures kept contiguous behind the middle attention, as `fastcraft.diffusion.components` does
+The bundled VAE with its pictures kept contiguous behind the middle attention, as `fastcraft.families.components` does
 in bfloat16, against the layout that the attention leaves; 8 pictures, forward and backward, in turn.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from fastcraft.assemble import SHAPES
-from fastcraft.diffusion.components import load_components
 from fastcraft.evaluation.environment import environment
+from fastcraft.families.components import load_components
 
 
 def measure(rounds: int) -> list[dict[str, object]]:

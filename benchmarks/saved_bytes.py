@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcraft.diffusion.components import freeze
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
+from fastcraft.families.components import freeze
 
 RESULTS = Path(__file__).parent / "results" / "saved_bytes"
 TEXT_LENGTH = 77

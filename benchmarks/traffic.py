@@ -27,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.saved_bytes import MODELS, TEXT_LENGTH, flash
-from fastcraft.diffusion.components import freeze
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
+from fastcraft.families.components import freeze
 
 RESULTS = Path(__file__).parent / "results" / "traffic"
 ROWS = 2  # of the UNet's batch: one guided picture

@@ -34,9 +34,9 @@ def measure(contender: str, batch: int, *, small: bool, rounds: int, attention_t
     """One contender in this process: seconds of forward and gradient, and the peak of device memory."""
     from diffusers import UNet2DConditionModel
 
-    from fastcraft.diffusion.components import freeze
     from fastcraft.diffusion.patch import Patch
     from fastcraft.diffusion.text_kv import project_text, use_text_kv
+    from fastcraft.families.components import freeze
     from fastcraft_kernels.attention import load_attention_table
 
     load_attention_table(attention_table)

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from fastcraft.data.order import PromptOrder
 from fastcraft.data.prompts import load_prompts
-from fastcraft.diffusion.components import Components, load_components
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
 from fastcraft.diffusion.samplers import SAMPLERS
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.diffusion.use_kernels import use_kernels
 from fastcraft.errors import UserError
 from fastcraft.evaluation.scores import Exam
+from fastcraft.families.components import Components, load_components
+from fastcraft.families.image_model import ImageModel
 from fastcraft.forecast.networks import networks_of
-from fastcraft.memory.planner import AutoPlan
+from fastcraft.forecast.planner import AutoPlan
+from fastcraft.memory.plan import CheckpointPlan
 from fastcraft.objectives import OBJECTIVES
 from fastcraft.objectives.reward_backprop import BackpropSettings
 from fastcraft.policy import accelerated, policy_of, refuse_switches
 from fastcraft.recipe import Recipe, RewardConfig
-from fastcraft.records import CheckpointPlan
 from fastcraft.registry import resolve
 from fastcraft.rewards import RewardSpec, build_rewards
 from fastcraft.rewards.clip_tower import Towers

@@ -2,12 +2,12 @@
 
 from fastcraft.assemble import Parts
 from fastcraft.config import dump_recipe
+from fastcraft.forecast.cost import parameter_counts
 from fastcraft.forecast.networks import networks_of
-from fastcraft.memory.cost import parameter_counts
-from fastcraft.memory.planner import describe as describe_plan
+from fastcraft.forecast.planner import describe as describe_plan
+from fastcraft.memory.plan import KEEP, RECOMPUTE
 from fastcraft.policy import run_planner
 from fastcraft.recipe import Recipe
-from fastcraft.records import KEEP, RECOMPUTE
 
 
 def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:

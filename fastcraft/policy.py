@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 import torch
 
 from fastcraft.diffusion.acceleration import COMPILED_TREATMENTS, refuse_acceleration
-from fastcraft.diffusion.image_model import ImageModel
-from fastcraft.diffusion.parity import Probe, accelerate
+from fastcraft.families.image_model import ImageModel
+from fastcraft.families.parity import Probe, accelerate
 from fastcraft.forecast.auto import planner_of
 from fastcraft.forecast.networks import Networks
-from fastcraft.memory.planner import AutoPlan, Planner
+from fastcraft.forecast.planner import AutoPlan, Planner
+from fastcraft.memory.plan import CheckpointPlan
 from fastcraft.memory.policies import plan_maker
 from fastcraft.recipe import Recipe
-from fastcraft.records import CheckpointPlan, Trajectory
+from fastcraft.records import Trajectory
 
 
 def policy_of(

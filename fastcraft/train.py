@@ -67,10 +67,10 @@ def train(recipe: Recipe, args: argparse.Namespace) -> int:
 
     from fastcraft.assemble import assemble
     from fastcraft.engine.agreement import close_distributed, rank
-    from fastcraft.engine.export import ExportError
     from fastcraft.engine.interrupt import PREEMPTED_EXIT_CODE, StopRequested
     from fastcraft.engine.zero2 import init_distributed, load_ds_config
     from fastcraft.trainer import TrainingFailed
+    from fastcraft.weights.export import ExportError
 
     ds_config = load_ds_config(args.ds_config)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
@@ -184,9 +184,9 @@ def _prepare(
     recipe: Recipe, args: argparse.Namespace, stack: contextlib.ExitStack
 ) -> tuple[Path, Path | None, list[str]]:
     """On rank 0: the run directory, held for this run; the checkpoint to go on from; what to tell the person."""
+    from fastcraft.durable import write_json
     from fastcraft.engine.checkpoint import find_checkpoint, sweep_checkpoints
     from fastcraft.engine.run_directory import check_run_dir, choose_run_dir, lock, write_recipe
-    from fastcraft.evaluation.atomic import write_json
     from fastcraft.evaluation.environment import environment
 
     run_dir = choose_run_dir(args.run_dir, recipe_name=args.recipe, resume=args.resume)
@@ -206,12 +206,12 @@ def _prepare(
 
 def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer") -> None:
     """Export, report and the last lines, on rank 0."""
-    from fastcraft.engine.export import export_lora, export_text_encoder
     from fastcraft.evaluation.closing import closing_lines
     from fastcraft.evaluation.environment import environment
     from fastcraft.evaluation.record import read_evaluations
     from fastcraft.evaluation.report import write_report
     from fastcraft.text.tokenize import tokenize
+    from fastcraft.weights.export import export_lora, export_text_encoder
 
     ids = tokenize(parts.components.tokenizer, parts.evaluation_prompts[: recipe.evaluate.num_samples]).input_ids[:, 0]
     model, out = parts.trained.model, run_dir / "export"

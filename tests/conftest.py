@@ -116,10 +116,63 @@ def tiny_parts(tiny_pipeline: Path) -> SimpleNamespace:
     """Fresh parts of the tiny model, by the loader that loads real ones; ``stock`` is its UNet as diffusers made it."""
     from diffusers import UNet2DConditionModel
 
-    from fastcraft.diffusion.components import freeze, load_components
     from fastcraft.diffusion.text_kv import use_text_kv
+    from fastcraft.families.components import freeze, load_components
 
     parts = load_components(tiny_pipeline, dtype=torch.float32, device=torch.device("cpu"))
     use_text_kv(parts.unet)
     stock = freeze(UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet"))
     return SimpleNamespace(components=parts, stock=stock)
+
+
+@pytest.fixture(scope="session")
+def make_text_model(tokenizer_folder):
+    """A CLIP text model of 516 tokens and two layers, the same weights for the same seed."""
+    vocab = json.loads((tokenizer_folder / "vocab.json").read_text(encoding="utf-8"))
+
+    def make(seed: int = 0):
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        torch.manual_seed(seed)
+        config = CLIPTextConfig(
+            vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=len(vocab) - 1,
+        )  # fmt: skip
+        return CLIPTextModel(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A CLIP tokenizer that splits into bytes: vocab.json and merges.txt."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merges = [("a", "t</w>"), ("c", "at</w>")]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = json.dumps({token: i for i, token in enumerate(tokens)})
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "model_max_length": 77,
+                "name_or_path": str(folder),
+            }
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def input_ids():
+    """(8, 77) token ids, the first of the batch being whole sentences."""
+    ids = torch.randint(0, 514, (8, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, 0], ids[:, -1] = 514, 515
+    return ids

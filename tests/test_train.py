@@ -172,7 +172,7 @@ def test_frozen_parts_do_not_change_by_a_bit(recipe, tmp_path, monkeypatch):
 
 
 def test_an_encoder_that_does_not_learn_is_noticed(recipe, tmp_path, monkeypatch, capsys):
-    from fastcraft.diffusion.image_model import ImageModel
+    from fastcraft.families.image_model import ImageModel
 
     project = ImageModel.text_kv
 

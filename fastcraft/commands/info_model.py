@@ -44,7 +44,7 @@ def describe_model(model: str) -> str:
 def _networks(model: str) -> dict[str, Any]:
     """By the name that they have in a run: UNet and VAE, the image tower of a reward, or all three of ``shapes``."""
     from fastcraft.assemble import SHAPES
-    from fastcraft.diffusion.components import load_skeletons
+    from fastcraft.families.components import load_skeletons
     from fastcraft.rewards.skeleton import image_skeleton
 
     path = Path(model).expanduser()

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from fastcraft.diffusion.patch import Patch
     from fastcraft.forecast.networks import Networks
-    from fastcraft.memory.planner import Choice, Planner
-    from fastcraft.records import CheckpointPlan
+    from fastcraft.forecast.planner import Choice, Planner
+    from fastcraft.memory.plan import CheckpointPlan
 
 HELP = "predict memory and time of a training step on a card, and the plan and batch that suit it best"
 SHAPES = Path(__file__).parents[1] / "shapes" / "weights"
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0."""
     _check(args)
     from fastcraft.forecast.cache import cached_estimate
+    from fastcraft.forecast.cards import find_card
     from fastcraft.forecast.phases import OFFLOADS, TREATMENTS
-    from fastcraft.memory.cards import find_card
-    from fastcraft.memory.planner import BATCH_SIZES, Planner
+    from fastcraft.forecast.planner import BATCH_SIZES, Planner
     from fastcraft.memory.policies import plan_maker
 
     card = find_card(args.device)
@@ -101,8 +101,8 @@ def networks(args: argparse.Namespace) -> "Networks":
     """The networks of ``--model`` and ``--rewards``, from configurations alone."""
     import torch
 
+    from fastcraft.forecast.architectures import MODELS, towers_of
     from fastcraft.forecast.networks import networks_from_configs
-    from fastcraft.memory.architectures import MODELS, towers_of
 
     towers: list[Any] = []
     names = [name.strip() for name in args.rewards.split(",") if name.strip()]
@@ -157,7 +157,7 @@ def _rows(
     Raises:
         UserError: nothing fits.
     """
-    from fastcraft.memory.planner import Choice, DoesNotFitError
+    from fastcraft.forecast.planner import Choice, DoesNotFitError
 
     rows: list[Choice] = []
     if make_plan is None:
@@ -183,7 +183,7 @@ def _rows(
 
 
 def _report(planner: "Planner", best: "Choice", rows: list["Choice"], args: argparse.Namespace) -> str:
-    from fastcraft.memory.cards import CALIBRATED, ERROR_BANDS
+    from fastcraft.forecast.cards import CALIBRATED, ERROR_BANDS
 
     estimate, card, full = planner.estimate, planner.card, planner.predict(best)
     known = "calibrated" if CALIBRATED else "not calibrated on a card yet"
@@ -219,7 +219,7 @@ def _report(planner: "Planner", best: "Choice", rows: list["Choice"], args: argp
 def _as_json(planner: "Planner", best: "Choice", rows: list["Choice"], args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from fastcraft.memory.cards import CALIBRATED, ERROR_BANDS
+    from fastcraft.forecast.cards import CALIBRATED, ERROR_BANDS
 
     options = {name: value for name, value in vars(args).items() if name not in ("run", "json")}
     return {

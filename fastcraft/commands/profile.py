@@ -11,7 +11,7 @@ from fastcraft.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from fastcraft.memory.profile import Row
+    from fastcraft.forecast.profile import Row
     from fastcraft.recipe import Recipe
 
 HELP = "measure memory and time per denoising depth on this machine, beside the prediction"
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastcraft.config import load_recipe
-    from fastcraft.memory.profile import table
+    from fastcraft.forecast.profile import table
 
     policies = [name.strip() for name in args.policies.split(",") if name.strip()]
     if not policies:
@@ -87,8 +87,8 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     from fastcraft.engine.out_of_memory import is_out_of_memory
     from fastcraft.forecast.auto import treatments_on
     from fastcraft.forecast.networks import networks_of
-    from fastcraft.memory.planner import describe
-    from fastcraft.memory.profile import measure_row, time_steps
+    from fastcraft.forecast.planner import describe
+    from fastcraft.forecast.profile import measure_row, time_steps
     from fastcraft.policy import policy_of, run_planner
 
     first = next(iter(recipes.values()))
@@ -141,8 +141,8 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
 def write(rows: "list[Row]", stem: Path, *, recipe: "Recipe", device: "torch.device", command: str) -> None:
     """``stem`` with .csv, .json (with machine, versions and command) and .png; its folder is there."""
     from fastcraft.evaluation.environment import environment
-    from fastcraft.memory.plot import plot
-    from fastcraft.memory.profile import as_csv
+    from fastcraft.forecast.plot import plot
+    from fastcraft.forecast.profile import as_csv
 
     stem.with_name(f"{stem.name}.csv").write_text(as_csv(rows), encoding="utf-8")
     result = {"command": command, "environment": environment(), "rows": [asdict(row) for row in rows]}

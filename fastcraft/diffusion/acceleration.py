@@ -5,7 +5,7 @@ calls are told apart: without gradient (the prefix, and sampling) the compiler m
 Where steps with gradient are compiled or replayed, autograd adds up what they send to the text, in the UNet's dtype.
 
 Inductor's layout optimisation is off on a CPU: with it the gradient of a compiled whole UNet has been seen wrong there
-(torch 2.13), while its output was right. `fastcraft.diffusion.parity` looks for such errors at the start of
+(torch 2.13), while its output was right. `fastcraft.families.parity` looks for such errors at the start of
 every run.
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastcraft.diffusion.cuda_graphs import MAX_SHAPES, CudaRecorder, GraphedCall, Recorder
 from fastcraft.diffusion.treatments import recompute
 from fastcraft.errors import UserError
-from fastcraft.records import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan, TextKV
+from fastcraft.memory.plan import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan
+from fastcraft.records import TextKV
 
 COMPILED_TREATMENTS = {"blocks": (KEEP, RECOMPUTE, RECOMPUTE_BLOCKS), "whole": (KEEP, RECOMPUTE)}
 """What a step with gradient can be asked to keep, where its inside is compiled."""

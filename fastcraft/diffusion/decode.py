@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcraft.diffusion.treatments import carry_out
-from fastcraft.records import KEEP, CheckpointPlan
+from fastcraft.memory.plan import KEEP, CheckpointPlan
 from fastcraft.straight_through import clamp_straight_through
 
 

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastcraft.durable import write_tensors
 from fastcraft.errors import UserError
 
-_SUFFIX, _DRAFT = ".prefix.safetensors", ".prefix.draft"
+_SUFFIX = ".prefix.safetensors"
 
 
 class PrefixStore(Protocol):
@@ -107,18 +107,13 @@ class DiskStore:
 
     def put(self, key: str, latents: Tensor) -> None:
         """Keep an entry; a full disk loses it, not the run."""
-        from safetensors.torch import save_file
-
         path = self._path(key)
         latents = latents.detach().cpu().contiguous()
         if path.exists() or latents.nbytes > self.max_bytes:
             return
-        draft = path.with_name(f"{uuid.uuid4().hex}{_DRAFT}")
         try:
-            save_file({"latents": latents}, draft, metadata={"key": key, "sha256": _digest([latents])})
-            draft.replace(path)
-        except Exception:  # safetensors wraps the OS's error in its own
-            draft.unlink(missing_ok=True)
+            write_tensors(path, {"latents": latents}, metadata={"key": key, "sha256": _digest([latents])})
+        except OSError:
             return
         self._evict(keep=path)
 
@@ -127,7 +122,7 @@ class DiskStore:
 
     def _evict(self, *, keep: Path) -> None:
         files = []
-        for path in (*self.folder.glob(f"*{_SUFFIX}"), *self.folder.glob(f"*{_DRAFT}")):  # drafts of killed ranks too
+        for path in self.folder.glob(f"*{_SUFFIX}*"):  # drafts that killed ranks left behind too
             with contextlib.suppress(OSError):  # another rank deleted it
                 status = path.stat()
                 files.append((status.st_mtime_ns, path.name, status.st_size, path))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.errors import UserError
-from fastcraft.records import KEEP, OFFLOAD, RECOMPUTE, RECOMPUTE_BLOCKS, treatment_ops
+from fastcraft.memory.plan import KEEP, OFFLOAD, RECOMPUTE, RECOMPUTE_BLOCKS, treatment_ops
 
 
 def carry_out(treatment: str, call: Callable[..., Any], *args: Any, module: nn.Module) -> Any:
@@ -124,7 +124,7 @@ class _Batched(torch.autograd.Function):
 
 
 def is_one_of(kinds: tuple[str, ...], op: Any) -> bool:
-    """Whether a dispatcher op is of one of ``kinds``: a kind of `fastcraft.records.OP_KINDS` or a fused op's name."""
+    """Whether a dispatcher op is of one of ``kinds``: one of `OP_KINDS` or a fused op's name."""
     namespace, name, kind = _identity(op)
     return kind in kinds or (namespace == "fastcraft" and ("fastcraft" in kinds or name in kinds))
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastcraft.diffusion.treatments import BatchedSteps, carry_out
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, TextKV, Trajectory
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
+from fastcraft.records import TextKV, Trajectory
 
 
 def predict_noise(

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fastcraft.durable import flush, put_in_place, recover, sha256, write_json, write_tensors
 from fastcraft.engine.agreement import agree, rank, world_size
-from fastcraft.engine.durable import flush, put_in_place, recover, sha256, write_durably
 from fastcraft.errors import UserError
 
 FORMAT = 1
@@ -83,17 +83,17 @@ def save_checkpoint(
 
     def publish() -> None:
         model = {name: tensor for name, tensor in tensors.items() if name.startswith("param.")}
-        _write_tensors(temporary / "model.safetensors", model)
+        write_tensors(temporary / "model.safetensors", model)
         rest = {name: tensor for name, tensor in tensors.items() if name not in model}
-        _write_tensors(temporary / "optimizer.safetensors", rest)
-        write_durably(temporary / "state.json", json.dumps(dict(state), indent=1, allow_nan=False))
+        write_tensors(temporary / "optimizer.safetensors", rest)
+        write_json(temporary / "state.json", dict(state))
         _write_manifest(temporary, step, world_size())
         put_in_place(temporary, final)
         _prune(directory, step, keep)
 
     try:
         _together(rank() == 0, lambda: _make_empty(temporary), step)
-        _together(True, lambda: _write_tensors(own, rank_tensors), step)
+        _together(True, lambda: write_tensors(own, rank_tensors), step)
         _together(rank() == 0, publish, step)
     except CheckpointError:
         if rank() == 0:
@@ -180,7 +180,7 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
-def _together(mine: bool, work: Callable[[], None], step: int) -> None:
+def _together(mine: bool, work: Callable[[], object], step: int) -> None:
     """Do ``work`` where it is mine, then wait for the other ranks; one that failed makes all of them raise."""
     error: Exception | None = None
     if mine:
@@ -200,11 +200,6 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file(dict(tensors), path)
-    flush(path)
-
-
 def _write_manifest(folder: Path, step: int, world_size: int) -> None:
     """Last of all: a folder without it is no checkpoint."""
     paths = [folder / name for name in sorted(_expected_files(world_size))]
@@ -213,7 +208,7 @@ def _write_manifest(folder: Path, step: int, world_size: int) -> None:
             raise OSError(f"{path.name} is not there: the run directory must be on storage that all ranks share")
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files}
-    write_durably(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_json(folder / "manifest.json", manifest)
     flush(folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastcraft.config import dump_recipe, load_recipe, recipe_to_tree
+from fastcraft.durable import write_text
 from fastcraft.errors import UserError
 from fastcraft.recipe import Recipe
 
@@ -67,9 +68,7 @@ def write_recipe(run_dir: Path, recipe: Recipe) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = run_dir / ".recipe.toml.tmp"
-        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-        temporary.replace(run_dir / "recipe.toml")
+        write_text(run_dir / "recipe.toml", dump_recipe(recipe))
     except OSError as error:
         raise UserError(f"--run-dir: cannot write {str(run_dir)!r}: {error.strerror}") from error
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fastcraft.engine.agreement import agree, barrier, close_distributed, rank, world_size
 from fastcraft.engine.ds_config import fill_ds_config, load_ds_config
-from fastcraft.engine.keymap import parameter_group
 from fastcraft.engine.out_of_memory import MemoryRanOutError, is_out_of_memory
 from fastcraft.engine.schedule import lr_at
 from fastcraft.errors import UserError
+from fastcraft.weights.keymap import parameter_group
 
 __all__ = [
     "StepResult", "Zero2Engine", "barrier", "close_distributed", "fill_ds_config", "init_distributed", "load_ds_config",

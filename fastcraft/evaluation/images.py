@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastcraft.evaluation.atomic import write_bytes, write_json
+from fastcraft.durable import write_bytes, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

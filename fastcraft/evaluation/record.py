@@ -9,8 +9,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from fastcraft.durable import write_text
 from fastcraft.errors import UserError
-from fastcraft.evaluation.atomic import write_text
 from fastcraft.evaluation.images import plain, save_samples
 from fastcraft.evaluation.progress import Progress
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastcraft.durable import write_json, write_text
 from fastcraft.errors import UserError
-from fastcraft.evaluation.atomic import write_json, write_text
 from fastcraft.evaluation.images import sample_files, sample_steps, save_samples
 from fastcraft.evaluation.page import Pair, ReportData, render_page
 from fastcraft.evaluation.record import finite, read_evaluations, read_metrics

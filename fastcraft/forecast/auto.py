@@ -8,10 +8,10 @@ import psutil
 import torch
 
 from fastcraft.forecast.cache import cached_estimate
+from fastcraft.forecast.cards import CARDS, Card, cpu_card
 from fastcraft.forecast.networks import Networks
 from fastcraft.forecast.phases import OFFLOADS, TREATMENTS
-from fastcraft.memory.cards import CARDS, Card, cpu_card
-from fastcraft.memory.planner import Planner
+from fastcraft.forecast.planner import Planner
 
 
 def card_of(device: torch.device) -> Card:

@@ -10,9 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastcraft.durable import write_json
+from fastcraft.forecast.estimate import StepEstimate
 from fastcraft.forecast.networks import Networks
 from fastcraft.forecast.phases import estimate_step
-from fastcraft.memory.estimate import StepEstimate
 
 
 def cached_estimate(networks: Networks, *, folder: Path | None = None, **options: Any) -> StepEstimate:
@@ -30,10 +31,7 @@ def cached_estimate(networks: Networks, *, folder: Path | None = None, **options
         return StepEstimate.from_json(json.loads(file.read_text(encoding="utf-8")))
     estimate = estimate_step(networks, **options)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(estimate.to_json()), encoding="utf-8")
-        part.replace(file)
+        write_json(file, estimate.to_json())
     return estimate
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcraft.diffusion.components import Components, empty_networks, freeze, latent_size
 from fastcraft.diffusion.text_kv import use_text_kv
+from fastcraft.families.components import Components, empty_networks, freeze, latent_size
 from fastcraft.records import RewardOutput
 from fastcraft.rewards.preprocess import resize_normalize
 from fastcraft.text.encoder import TextEncoder
@@ -68,7 +68,7 @@ def networks_from_configs(
 
     Args:
         name: for people.
-        configs: ``unet``, ``vae`` and ``text_encoders``, as `fastcraft.memory.architectures.MODELS`.
+        configs: ``unet``, ``vae`` and ``text_encoders``, as `fastcraft.forecast.architectures.MODELS`.
         towers: vision configurations that the rewards look through.
         dtype: of everything frozen.
         resolution: pixels; 0 = the model's own.

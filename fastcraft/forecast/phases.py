@@ -1,7 +1,7 @@
 """Every phase of a step, run once by the project's own code on tensors without contents.
 
 For a card, networks lie on the meta device and attention resolves to the fused op that the card would run; for a CPU
-they are fake CPU tensors, so that the CPU's own branches are taken. `fastcraft.memory.estimate` adds the phases up.
+they are fake CPU tensors, so that the CPU's own branches are taken. `fastcraft.forecast.estimate` adds the phases up.
 """
 
 import contextlib
@@ -21,21 +21,12 @@ from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.schedule import NoiseSchedule
 from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.unroll import denoise
+from fastcraft.forecast.cost import Cost, Line, measure, measure_step, offloaded, static_bytes
+from fastcraft.forecast.estimate import StepEstimate
 from fastcraft.forecast.networks import Networks
-from fastcraft.memory.cost import Cost, Line, measure, measure_step, offloaded, static_bytes
-from fastcraft.memory.estimate import StepEstimate
-from fastcraft.memory.tracker import Work, bytes_of
-from fastcraft.records import (
-    KEEP,
-    OFFLOAD,
-    RECOMPUTE,
-    RECOMPUTE_BLOCKS,
-    SAC,
-    CheckpointPlan,
-    TextKV,
-    Trajectory,
-    treatment_ops,
-)
+from fastcraft.forecast.tracker import Work, bytes_of
+from fastcraft.memory.plan import KEEP, OFFLOAD, RECOMPUTE, RECOMPUTE_BLOCKS, SAC, CheckpointPlan, treatment_ops
+from fastcraft.records import TextKV, Trajectory
 from fastcraft.rewards.mix import WeightedRewards
 
 TREATMENTS = (

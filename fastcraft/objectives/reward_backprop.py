@@ -19,19 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcraft.data.order import sample_seed
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.prefix_store import Prefixes
+from fastcraft.families.image_model import ImageModel
+from fastcraft.memory.plan import CheckpointPlan
 from fastcraft.objectives.head import head_first
 from fastcraft.objectives.truncation import choose_trajectory
-from fastcraft.records import (
-    CheckpointPlan,
-    LossOutput,
-    PromptBatch,
-    PromptEmbeds,
-    RewardOutput,
-    TextKV,
-    Trajectory,
-)
+from fastcraft.records import LossOutput, PromptBatch, PromptEmbeds, RewardOutput, TextKV, Trajectory
 from fastcraft.text.prompt_encoder import PromptEncoder
 
 _TRUNCATION_STREAM = 1

@@ -12,15 +12,15 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fastcraft.diffusion import acceleration
 from fastcraft.diffusion.acceleration import AcceleratedUNet, refuse_acceleration
-from fastcraft.diffusion.components import freeze
 from fastcraft.diffusion.cuda_graphs import MAX_SHAPES
-from fastcraft.diffusion.image_model import ImageModel
-from fastcraft.diffusion.parity import Probe, accelerate
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.schedule import NoiseSchedule
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
+from fastcraft.families.components import freeze
+from fastcraft.families.image_model import ImageModel
+from fastcraft.families.parity import Probe, accelerate
 from fastcraft.memory.policies import make_policy
 from fastcraft.records import PromptEmbeds, Trajectory
 

@@ -6,7 +6,7 @@ import torch
 from fastcraft.assemble import assemble
 from fastcraft.config import load_recipe
 from fastcraft.diffusion.decode import decode
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 
 
 @pytest.fixture

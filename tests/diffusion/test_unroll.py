@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.unroll import _regions, denoise
+from fastcraft.families.image_model import ImageModel
+from fastcraft.memory.plan import KEEP, CheckpointPlan
 from fastcraft.memory.policies import make_policy
-from fastcraft.records import KEEP, CheckpointPlan, PromptEmbeds, Trajectory
+from fastcraft.records import PromptEmbeds, Trajectory
 
 
 def model(parts, **options):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastcraft.durable import retired
 from fastcraft.engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -23,7 +24,6 @@ from fastcraft.engine.checkpoint import (
     save_checkpoint,
     sweep_checkpoints,
 )
-from fastcraft.engine.durable import retired
 from fastcraft.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def flip_a_bit(file):
 
 
 DAMAGES = {
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-2]),
     "missing": lambda file: file.unlink(),
     "flipped": flip_a_bit,
     "zero": lambda file: file.write_bytes(b""),

@@ -91,7 +91,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, call):
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"fastcraft.evaluation.atomic.os.{call}", broken)
+    monkeypatch.setattr(f"fastcraft.durable.os.{call}", broken)
     with pytest.raises(OSError, match="No space left"):
         save_grid(torch.ones(1, 3, 8, 8), path)
     assert path.read_bytes() == old

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastcraft.errors import UserError
+from fastcraft.memory.plan import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan
 from fastcraft.memory.policies import POLICIES, make_policy, plan_maker
-from fastcraft.records import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan
 
 NAMES = [
     getattr(POLICIES.get(name), "example", "") or name for name in POLICIES.names() if name != "auto"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.families.image_model import ImageModel
 from fastcraft.memory.policies import make_policy
 from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackprop
 from fastcraft.records import RewardOutput

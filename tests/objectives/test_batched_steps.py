@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.families.image_model import ImageModel
+from fastcraft.memory.plan import RECOMPUTE, CheckpointPlan
 from fastcraft.memory.policies import make_policy
-from fastcraft.records import RECOMPUTE, CheckpointPlan, PromptBatch, Trajectory
+from fastcraft.records import PromptBatch, Trajectory
 
 T = 6
 STOP = {"backprop_steps": 3, "truncation": "spaced", "input_grad": False, "prefix_encoder": "trained"}

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from fastcraft.data.order import sample_seed
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.families.image_model import ImageModel
 from fastcraft.memory.policies import POLICIES, make_policy
 from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackprop
 from fastcraft.objectives.truncation import choose_trajectory

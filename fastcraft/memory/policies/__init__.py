@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from fastcraft.errors import UserError
-from fastcraft.records import OFFLOAD, CheckpointPlan
+from fastcraft.memory.plan import OFFLOAD, CheckpointPlan
 from fastcraft.registry import Registry
 
 POLICIES = Registry(
@@ -24,7 +24,7 @@ POLICIES = Registry(
         "batched": "fastcraft.memory.policies.batched:BatchSteps",
         "last_k_live": "fastcraft.memory.policies.last_k_live:KeepLast",
         "plan": "fastcraft.memory.policies.explicit:ExplicitPlan",
-        "auto": "fastcraft.memory.planner:AutoPlan",
+        "auto": "fastcraft.forecast.planner:AutoPlan",
     },
 )
 

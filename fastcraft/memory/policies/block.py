@@ -1,6 +1,6 @@
 """Checkpointing of every step and of the blocks inside it: the smallest memory, two extra forwards."""
 
-from fastcraft.records import RECOMPUTE_BLOCKS, CheckpointPlan
+from fastcraft.memory.plan import RECOMPUTE_BLOCKS, CheckpointPlan
 
 
 class RecomputeBlocks:

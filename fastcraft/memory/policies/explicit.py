@@ -4,7 +4,7 @@ import re
 from typing import ClassVar
 
 from fastcraft.errors import UserError
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, check_treatment
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan, check_treatment
 
 
 class ExplicitPlan:

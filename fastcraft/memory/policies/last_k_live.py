@@ -2,8 +2,8 @@
 
 from typing import ClassVar
 
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 from fastcraft.memory.policies import count
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan
 
 
 class KeepLast:

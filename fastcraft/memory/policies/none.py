@@ -1,6 +1,6 @@
 """No checkpointing: fastest, memory grows with the depth."""
 
-from fastcraft.records import KEEP, CheckpointPlan
+from fastcraft.memory.plan import KEEP, CheckpointPlan
 
 
 class KeepAll:

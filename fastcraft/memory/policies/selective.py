@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from fastcraft.errors import UserError
-from fastcraft.records import KEEP, OFFLOAD, RECOMPUTE, SAC, CheckpointPlan, check_treatment
+from fastcraft.memory.plan import KEEP, OFFLOAD, RECOMPUTE, SAC, CheckpointPlan, check_treatment
 
 
 class SaveOps:
@@ -13,7 +13,7 @@ class SaveOps:
     arithmetic. The decode is recomputed as a whole: it goes backward first, when nothing of the steps is free yet.
 
     Args:
-        ops: kinds of `fastcraft.records.OP_KINDS` or names of fused ops, joined by ``+``.
+        ops: kinds of `fastcraft.memory.plan.OP_KINDS` or names of fused ops, joined by ``+``.
 
     Raises:
         UserError: an unknown op.

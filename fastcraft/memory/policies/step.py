@@ -1,6 +1,6 @@
 """Checkpointing of every step: one latent kept per step, memory flat in the depth, one extra forward."""
 
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 
 
 class RecomputeSteps:

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from fastcraft.engine.keymap import (
+from fastcraft.errors import UserError
+from fastcraft.weights.keymap import (
     for_module,
     lora_from_diffusers,
     lora_from_kohya,
@@ -18,7 +19,6 @@ from fastcraft.engine.keymap import (
     to_flat,
     to_prefixed,
 )
-from fastcraft.errors import UserError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 

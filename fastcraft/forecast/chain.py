@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fastcraft.memory.estimate import StepEstimate
+from fastcraft.forecast.estimate import StepEstimate
 
 
 class ChainPeak:

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastcraft.engine import export
-from fastcraft.engine.export import ExportError, export_lora, export_text_encoder
 from fastcraft.errors import UserError
+from fastcraft.weights import export
+from fastcraft.weights.export import ExportError, export_lora, export_text_encoder
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastcraft.memory.estimate import Prediction
-from fastcraft.memory.tracker import AllocationTracker
+from fastcraft.forecast.estimate import Prediction
+from fastcraft.forecast.tracker import AllocationTracker
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastcraft.memory.cards import SELECTIVE_SECONDS, Card
-from fastcraft.memory.tracker import AllocationTracker, Work
+from fastcraft.forecast.cards import SELECTIVE_SECONDS, Card
+from fastcraft.forecast.tracker import AllocationTracker, Work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from fastcraft.memory.cards import Card
-from fastcraft.memory.cost import Cost, Line, work_seconds
-from fastcraft.memory.tracker import Op, Work
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan
+from fastcraft.forecast.cards import Card
+from fastcraft.forecast.cost import Cost, Line, work_seconds
+from fastcraft.forecast.tracker import Op, Work
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 
 Region = tuple[str, Cost]
 """A stretch of the chain that backward goes through at once, one step or a segment, and its name for people."""

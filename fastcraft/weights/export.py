@@ -1,19 +1,17 @@
 """Exports that other programs load, each verified by loading it again and comparing embeddings."""
 
-import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fastcraft.engine.durable import flush, put_in_place, recover, write_durably
-from fastcraft.engine.keymap import (
+from fastcraft.durable import write_folder, write_json, write_tensors, write_text
+from fastcraft.weights.keymap import (
     for_module,
     lora_from_diffusers,
     lora_from_kohya,
@@ -25,9 +23,7 @@ from fastcraft.engine.keymap import (
     split_lora,
     to_prefixed,
 )
-from fastcraft.engine.tokenizer_files import write_tokenizer
-
-T = TypeVar("T")
+from fastcraft.weights.tokenizer_files import write_tokenizer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -88,8 +84,8 @@ def export_text_encoder(
     expected = _embed(model, reference_ids)
 
     def write(folder: Path) -> ExportReport:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        write_durably(folder / "config.json", json.dumps(_config(model, dtype), indent=2, sort_keys=True) + "\n")
+        write_tensors(folder / "model.safetensors", state, metadata={"format": "pt"})
+        write_json(folder / "config.json", _config(model, dtype))
         reloaded = _reload(model, folder)
         if not _same(to_prefixed(_cpu_state(reloaded)), {name: tensor.float() for name, tensor in state.items()}):
             raise ExportError(f"{out / 'text_encoder'}: the reloaded weights are not those that were written")
@@ -99,9 +95,9 @@ def export_text_encoder(
             raise ExportError(f"{out / 'text_encoder'}: embeddings differ by {error:.2e} after reloading")
         return ExportReport(path=out / "text_encoder", num_tensors=len(state), max_abs_error=error)
 
-    report = _in_place(out / "text_encoder", write)
-    _in_place(out / "tokenizer", lambda folder: write_tokenizer(tokenizer_source, folder))
-    write_durably(out / "README.md", _README)
+    report = write_folder(out / "text_encoder", write)
+    write_folder(out / "tokenizer", lambda folder: write_tokenizer(tokenizer_source, folder))
+    write_text(out / "README.md", _README)
     return report
 
 
@@ -125,9 +121,9 @@ def export_lora(
 
     def write(folder: Path) -> list[ExportReport]:
         diffusers, kohya = folder / "pytorch_lora_weights.safetensors", folder / "kohya.safetensors"
-        save_file(_contiguous(lora_to_diffusers(lora, scale=scale)), diffusers, metadata={"format": "pt"})
+        write_tensors(diffusers, _contiguous(lora_to_diffusers(lora, scale=scale)), metadata={"format": "pt"})
         metadata = _kohya_metadata(model, rank=rank, alpha=alpha, title=title, resolution=resolution)
-        save_file(_contiguous(lora_to_kohya(lora, alpha=alpha)), kohya, metadata=metadata)
+        write_tensors(kohya, _contiguous(lora_to_kohya(lora, alpha=alpha)), metadata=metadata)
         baked = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in lora.items()}
         reports = []
         for file, wanted, (read, read_alpha) in (
@@ -142,28 +138,9 @@ def export_lora(
             reports.append(ExportReport(path=out / "lora" / file.name, num_tensors=num_tensors, max_abs_error=error))
         return reports
 
-    reports = _in_place(out / "lora", write)
-    write_durably(out / "README.md", _README)
+    reports = write_folder(out / "lora", write)
+    write_text(out / "README.md", _README)
     return reports
-
-
-def _in_place(final: Path, write: Callable[[Path], T]) -> T:
-    """Let ``write`` fill a folder beside ``final``, then rename it; on an error nothing is left of it."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    recover(final)
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        result = write(temporary)
-        for file in temporary.iterdir():
-            flush(file)
-        flush(temporary)
-        put_in_place(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return result
 
 
 def _cpu_state(model: Any) -> dict[str, Tensor]:

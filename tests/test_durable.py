@@ -2,12 +2,12 @@
 
 import hashlib
 
-from fastcraft.engine.durable import put_in_place, recover, retired, sha256, write_durably
+from fastcraft.durable import put_in_place, recover, retired, sha256, write_text
 
 
 def make(folder, content):
     folder.mkdir()
-    write_durably(folder / "file", content)
+    write_text(folder / "file", content)
     return folder
 
 
@@ -33,5 +33,5 @@ def test_recover_at_each_moment_of_a_kill(tmp_path):
 
 
 def test_sha256(tmp_path):
-    write_durably(tmp_path / "file", "ä")
+    write_text(tmp_path / "file", "ä")
     assert sha256(tmp_path / "file") == hashlib.sha256("ä".encode()).hexdigest()

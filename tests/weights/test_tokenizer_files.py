@@ -6,8 +6,8 @@ import shutil
 import pytest
 from transformers import CLIPTokenizer
 
-from fastcraft.engine.tokenizer_files import write_tokenizer
 from fastcraft.errors import UserError
+from fastcraft.weights.tokenizer_files import write_tokenizer
 
 PROMPTS = ["a cat", "a cat, an über-café; 12 cats!", "", "<|endoftext|> at"]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastcraft.forecast.cards import CARDS, SELECTIVE_SECONDS, cpu_card
+from fastcraft.forecast.cost import Line, measure_step, static_bytes, work_seconds
 from fastcraft.forecast.phases import hollow
-from fastcraft.memory.cards import CARDS, SELECTIVE_SECONDS, cpu_card
-from fastcraft.memory.cost import Line, measure_step, static_bytes, work_seconds
-from fastcraft.memory.tracker import AllocationTracker, Op, Work
+from fastcraft.forecast.tracker import AllocationTracker, Op, Work
 
 
 def test_fake_and_real_tensors_are_counted_alike():

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from fastcraft.errors import UserError
-from fastcraft.memory.cards import CARDS, Card
-from fastcraft.memory.chain import ChainPeak
-from fastcraft.memory.cost import Cost, work_seconds
-from fastcraft.memory.estimate import Prediction, StepEstimate
-from fastcraft.records import RECOMPUTE, CheckpointPlan
+from fastcraft.forecast.cards import CARDS, Card
+from fastcraft.forecast.chain import ChainPeak
+from fastcraft.forecast.cost import Cost, work_seconds
+from fastcraft.forecast.estimate import Prediction, StepEstimate
+from fastcraft.memory.plan import RECOMPUTE, CheckpointPlan
 
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batches per device that are tried when the batch is free."""

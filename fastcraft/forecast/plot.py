@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastcraft.memory.profile import Row
+from fastcraft.forecast.profile import Row
 
 COLOURS = (
     "#0072b2",

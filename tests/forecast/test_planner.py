@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastcraft.forecast.architectures import towers_of
 from fastcraft.forecast.auto import card_of, planner_of
-from fastcraft.memory.architectures import towers_of
-from fastcraft.memory.cards import CARDS, find_card, parse_bytes
-from fastcraft.memory.cost import Cost, Line
-from fastcraft.memory.estimate import StepEstimate
-from fastcraft.memory.planner import AutoPlan, DoesNotFitError, Planner
-from fastcraft.memory.tracker import Op, Work
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan
+from fastcraft.forecast.cards import CARDS, find_card, parse_bytes
+from fastcraft.forecast.cost import Cost, Line
+from fastcraft.forecast.estimate import StepEstimate
+from fastcraft.forecast.planner import AutoPlan, DoesNotFitError, Planner
+from fastcraft.forecast.tracker import Op, Work
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 
 MIB = 2**20
 SAC = "sac:attention+conv"

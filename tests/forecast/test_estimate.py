@@ -12,23 +12,24 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved_bytes import RESULTS, total_mb
-from fastcraft.diffusion.components import load_components
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.treatments import is_one_of
 from fastcraft.diffusion.unroll import predict_noise
+from fastcraft.families.components import load_components
+from fastcraft.families.image_model import ImageModel
+from fastcraft.forecast.architectures import MODELS, towers_of
 from fastcraft.forecast.cache import _digest, cached_estimate
+from fastcraft.forecast.cards import CARDS
+from fastcraft.forecast.estimate import StepEstimate
 from fastcraft.forecast.networks import Networks, networks_from_configs
 from fastcraft.forecast.phases import OFFLOADS, TREATMENTS, estimate_step, hollow, keep_differentiable
-from fastcraft.memory.architectures import MODELS, towers_of
-from fastcraft.memory.cards import CARDS
-from fastcraft.memory.estimate import StepEstimate
-from fastcraft.memory.tracker import AllocationTracker, bytes_of
+from fastcraft.forecast.tracker import AllocationTracker, bytes_of
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackprop
-from fastcraft.records import KEEP, RECOMPUTE, CheckpointPlan, PromptBatch, RewardOutput
+from fastcraft.records import PromptBatch, RewardOutput
 from fastcraft.rewards.brightness import BrightnessReward
 from fastcraft.rewards.mix import WeightedRewards
 from fastcraft.text.encoder import split_encoders

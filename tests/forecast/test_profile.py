@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastcraft.cli import main
-from fastcraft.memory.estimate import Prediction
-from fastcraft.memory.plot import plot
-from fastcraft.memory.profile import Row, as_csv, measure_row, table, time_steps
+from fastcraft.forecast.estimate import Prediction
+from fastcraft.forecast.plot import plot
+from fastcraft.forecast.profile import Row, as_csv, measure_row, table, time_steps
 
 MIB = 2**20
 

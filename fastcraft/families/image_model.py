@@ -10,7 +10,8 @@ from torch import Tensor
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.unroll import denoise
-from fastcraft.records import KEEP, CheckpointPlan, PromptEmbeds, TextKV, Trajectory
+from fastcraft.memory.plan import KEEP, CheckpointPlan
+from fastcraft.records import PromptEmbeds, TextKV, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)

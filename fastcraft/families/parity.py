@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastcraft.diffusion.acceleration import AcceleratedUNet
-from fastcraft.diffusion.image_model import ImageModel
 from fastcraft.errors import UserError
-from fastcraft.records import RECOMPUTE, CheckpointPlan, PromptEmbeds, TextKV, Trajectory
+from fastcraft.families.image_model import ImageModel
+from fastcraft.memory.plan import RECOMPUTE, CheckpointPlan
+from fastcraft.records import PromptEmbeds, TextKV, Trajectory
 from fastcraft_kernels.backend import use_backend
 
 TIMES_EAGER = 3.0
