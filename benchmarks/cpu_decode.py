@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from fastcraft.assemble import SHAPES
 from fastcraft.evaluation.environment import environment
 from fastcraft.families.components import load_components
+from fastcraft.shapes import PIPELINE
 
 
 def measure(rounds: int) -> list[dict[str, object]]:
@@ -24,7 +24,7 @@ def measure(rounds: int) -> list[dict[str, object]]:
         times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         vaes = {}
         for contiguous in times:
-            folder = SHAPES / "weights" / "pipeline"
+            folder = PIPELINE
             vaes[contiguous] = load_components(folder, dtype=dtype, device=torch.device("cpu")).vae
             middle = vaes[contiguous].decoder.mid_block
             middle._forward_hooks.clear()

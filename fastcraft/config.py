@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fastcraft.errors import UserError
-from fastcraft.recipe import Recipe
+from fastcraft.errors import UserError, named
+from fastcraft.objectives import OBJECTIVES
+from fastcraft.recipe import ObjectiveConfig, Recipe
 from fastcraft.registry import suggestion
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -96,12 +97,25 @@ def _build(cls: Any, tree: Any, where: str) -> Any:
     for key in required:
         if key not in tree:
             raise UserError(f"{_join(where, key)} is required")
-    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in tree.items()})
+    values = {key: _convert(hints[key], value, _join(where, key)) for key, value in tree.items()}
+    with named(f"{where}." if where else ""):
+        return cls(**values)
+
+
+def _objective(tree: Any, where: str) -> ObjectiveConfig:
+    """The section of an objective: its name, and its own settings beside it."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where}: expected a table, got {tree!r}")
+    name = _convert(str, tree.get("name", ObjectiveConfig().name), _join(where, "name"))
+    settings = {key: value for key, value in tree.items() if key != "name"}
+    return ObjectiveConfig(name=name, settings=_build(_settings_of(name, where), settings, where))
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """``value`` as the annotated type, or a `UserError` that names the key."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is ObjectiveConfig:
+        return _objective(value, where)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     if origin is tuple:
@@ -120,7 +134,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: expected a table, got {value!r}")
-        return dict(value)
+        return {key: _convert(args[1], item, _join(where, key)) for key, item in value.items()}
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -130,24 +146,36 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _settings_of(name: str, where: str) -> Any:
+    with named(f"{where}.name: "):
+        return OBJECTIVES.get(name).Settings
+
+
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
 def recipe_to_tree(recipe: Recipe) -> dict[str, Any]:
     """Nested plain values, the inverse of `recipe_from_tree`."""
-    return dataclasses.asdict(recipe)
+    tree = dataclasses.asdict(recipe)
+    tree["objective"] = {"name": recipe.objective.name, **tree["objective"]["settings"]}
+    return tree
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML that `load_recipe` reads back to an equal `Recipe`."""
     lines: list[str] = []
-    for section, content in recipe_to_tree(recipe).items():
-        tables = content if isinstance(content, (list, tuple)) else [content]
-        for table in tables:
-            lines.append(f"[[{section}]]" if isinstance(content, (list, tuple)) else f"[{section}]")
-            lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
-            lines.append("")
+    tree = recipe_to_tree(recipe)
+    tables: list[tuple[str, Mapping[str, Any]]] = []
+    for section, content in tree.items():
+        if isinstance(content, (list, tuple)):
+            tables += [(f"[[{section}]]", table) for table in content]
+        elif section == "trained":
+            tables += [(f"[{section}.{part}]", table) for part, table in content.items()]
+        else:
+            tables.append((f"[{section}]", content))
+    for header, table in tables:
+        lines += [header, *(f"{key} = {_toml_value(value)}" for key, value in table.items()), ""]
     return "\n".join(lines)
 
 

@@ -6,7 +6,8 @@ Every field has its meaning and unit on the line below it. Components receive pl
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastcraft.errors import UserError
+from fastcraft.errors import UserError, named
+from fastcraft.objectives.backprop_settings import BackpropSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,18 +30,49 @@ class PromptsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextConfig:
-    train: Literal["full", "lora"] = "full"
-    """Every weight of the text encoder, or LoRA adapters on its attention."""
-    lora_rank: int = 16
-    """Rank of the adapters."""
-    lora_alpha: float = 16.0
-    """Adapters are scaled by lora_alpha / lora_rank."""
     uncond_encoder: Literal["trained", "original"] = "trained"
     """Who encodes the empty prompt in the steps with gradient; TextCraftor: trained."""
     prefix_encoder: Literal["original", "trained"] = "original"
     """Who conditions the steps before the first one with gradient; TextCraftor: original, DRaFT: trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedConfig:
+    """A part of the model: ``[trained.text]``, ``[trained.unet]``. A recipe without either trains the text encoder."""
+
+    mode: Literal["full", "lora", "none"] = "full"
+    """Every weight; low-rank adapters; or nothing, for a part that only starts elsewhere (start)."""
+    start: str = ""
+    """Weights to begin with in place of the model's: a run directory, an export or a file; empty = the model's own."""
+    learning_rate: float = 0.0
+    """Peak learning rate; 0 = train.learning_rate."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: float = 16.0
+    """Adapters are scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale the adapters by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    targets: tuple[str, ...] = ()
+    """Layers with adapters, by the ends of their names; "linear": all linear ones, "linear+conv": convolutions too;
+    empty = the attention's projections."""
+    ema_decay: float = 0.0
+    """Decay of an average of the weights, which evaluations and exports then use; 0 = none."""
     gradient_checkpointing: bool = False
-    """Recompute the text encoder's layers in backward."""
+    """Recompute a text encoder's layers in backward. A UNet's recompute is memory.policy."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"rank must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            raise UserError(f"alpha must be greater than 0, got {self.alpha}")
+        if not self.learning_rate >= 0:
+            raise UserError(f"learning_rate must be at least 0, got {self.learning_rate}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+PARTS = ("text", "unet")
+"""What can be trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,38 +91,12 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
+    """An objective's name and, in the same section, the settings that it declares (`fastcraft.objectives`)."""
+
     name: str = "reward_backprop"
     """A name from the objectives' catalogue."""
-    backprop_steps: int = 5
-    """K, denoising steps that carry gradient."""
-    truncation: Literal["last", "random", "single", "spaced"] = "last"
-    """Which K steps. last: the last K (TextCraftor, DRaFT); random: a random number of last steps for each sample,
-    mean K (AlignProp); single: one of the last K, ending with its x0 estimate (ReFL); spaced: K at equal distances
-    (DRTune)."""
-    truncation_std: float = 0.0
-    """Standard deviation, in steps, of AlignProp's random truncation point."""
-    input_grad: bool = True
-    """false = stop-gradient on the latents entering the UNet (DRTune). Changes the gradient."""
-    uncond_grad: bool = True
-    """false = stop-gradient on the unconditional noise prediction. Changes the gradient."""
-    straight_through_clamp: bool = False
-    """true = where a picture is clamped to [0, 1], the gradient passes as if it were not; otherwise it is zero there.
-    Changes the gradient. The clamp after a reward's resize is that reward's option ``clamp``."""
-    early_stop_steps: int = 0
-    """DRTune: the trajectory ends, with an x0 estimate, up to this many steps early, at random; 0 = never."""
-    low_variance_draws: int = 1
-    """DRaFT-LV: noisings of the final latents whose last-step gradients are averaged; needs backprop_steps 1."""
-    loss: Literal["negative_reward", "hinge"] = "negative_reward"
-    """negative_reward: -mean(total); hinge: mean(relu(hinge_margin - total)) (ReFL)."""
-    hinge_margin: float = 2.0
-    """Reward above which the hinge loss is zero."""
-    loss_scale: float = 1.0
-    """Multiplies the loss (ReFL 1e-3, AlignProp 0.01)."""
-    normalize_rewards: Literal["none", "running_std", "gradient_share"] = "none"
-    """running_std divides each reward by the running standard deviation of its scores before weighting; gradient_share
-    scales it so that its gradient at the picture has norm weight / sum of weights in every micro-batch."""
-    anchor_weight: float = 0.0
-    """Weight of mean squared distance between trained and original embeddings; 0 = off."""
+    settings: Any = field(default_factory=BackpropSettings)
+    """An instance of that objective's ``Settings``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,6 +223,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    trained: dict[str, TrainedConfig] = field(default_factory=lambda: {"text": TrainedConfig()})
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rewards: tuple[RewardConfig, ...] = ()
@@ -233,10 +240,8 @@ class Recipe:
 
 
 _AT_LEAST: dict[str, float] = {
-    "model.resolution": 0, "prompts.max_characters": 1, "text.lora_rank": 1,
-    "sampler.num_inference_steps": 1, "sampler.guidance_scale": 1, "sampler.eta": 0,
-    "objective.backprop_steps": 1, "objective.truncation_std": 0, "objective.early_stop_steps": 0,
-    "objective.low_variance_draws": 1, "objective.anchor_weight": 0, "memory.decode_micro_batch": 0,
+    "model.resolution": 0, "prompts.max_characters": 1,
+    "sampler.num_inference_steps": 1, "sampler.guidance_scale": 1, "sampler.eta": 0, "memory.decode_micro_batch": 0,
     "memory.budget_gib": 0, "memory.prefix_reuse": 1, "memory.prefix_pool": 1, "memory.prefix_store_mib": 1,
     "train.num_steps": 1, "train.batch_size": 1, "train.gradient_accumulation_steps": 1, "train.seed": 0,
     "train.eps": 0, "train.weight_decay": 0, "train.max_grad_norm": 0, "train.warmup_steps": 0,
@@ -244,12 +249,27 @@ _AT_LEAST: dict[str, float] = {
     "evaluate.every": 0, "evaluate.num_samples": 1, "evaluate.batch_size": 1,
     "evaluate.exam_num_samples": 0, "evaluate.trained_steps": 0, "evaluate.held_out_patience": 1,
 }  # fmt: skip
-_POSITIVE = ("text.lora_alpha", "objective.loss_scale", "train.learning_rate")
 
 
 def _check_recipe(recipe: Recipe) -> None:
     """Ranges of single fields and rules between fields; raises `UserError` for the first one broken."""
+    _check_ranges(recipe)
+    sampler = recipe.sampler
+    with named("objective."):
+        recipe.objective.settings.check(
+            num_inference_steps=sampler.num_inference_steps, prefix_by=recipe.text.prefix_encoder
+        )
+    if recipe.evaluate.trained_steps > sampler.num_inference_steps:
+        raise UserError(
+            f"evaluate.trained_steps must be at most sampler.num_inference_steps ({sampler.num_inference_steps}), "
+            f"got {recipe.evaluate.trained_steps}"
+        )
+    _check_trained(recipe)
+    _check_prefix(recipe)
+    _check_rewards(recipe)
 
+
+def _check_ranges(recipe: Recipe) -> None:
     def value(key: str) -> float:
         section, name = key.split(".")
         return getattr(getattr(recipe, section), name)
@@ -257,47 +277,70 @@ def _check_recipe(recipe: Recipe) -> None:
     for key, least in _AT_LEAST.items():
         if not value(key) >= least:
             raise UserError(f"{key} must be at least {least}, got {value(key)}")
-    for key in _POSITIVE:
-        if not value(key) > 0:
-            raise UserError(f"{key} must be greater than 0, got {value(key)}")
-    sampler, objective = recipe.sampler, recipe.objective
-    if sampler.eta > 1:
-        raise UserError(f"sampler.eta must be at most 1, got {sampler.eta}")
+    if recipe.sampler.eta > 1:
+        raise UserError(f"sampler.eta must be at most 1, got {recipe.sampler.eta}")
+    if not recipe.train.learning_rate > 0:
+        raise UserError(f"train.learning_rate must be greater than 0, got {recipe.train.learning_rate}")
     for beta in recipe.train.betas:
         if not 0 <= beta < 1:
             raise UserError(f"train.betas must lie in [0, 1), got {list(recipe.train.betas)}")
-    if objective.backprop_steps > sampler.num_inference_steps:
-        raise UserError(
-            f"objective.backprop_steps must be at most sampler.num_inference_steps ({sampler.num_inference_steps}), "
-            f"got {objective.backprop_steps}"
-        )
-    if objective.low_variance_draws > 1 and (objective.backprop_steps > 1 or objective.truncation != "last"):
-        raise UserError(
-            "objective.low_variance_draws above 1 needs objective.backprop_steps = 1 and truncation = 'last', got "
-            f"backprop_steps = {objective.backprop_steps}, truncation = {objective.truncation!r}"
-        )
-    if objective.truncation == "random" and recipe.text.prefix_encoder != "trained":
-        raise UserError(
-            "objective.truncation = 'random' needs text.prefix_encoder = 'trained' (samples start at different steps), "
-            f"got {recipe.text.prefix_encoder!r}"
-        )
     if recipe.train.seed >= 2**63:
         raise UserError(f"train.seed must be below 2**63, got {recipe.train.seed}")
-    if objective.early_stop_steps and objective.truncation != "spaced":
+
+
+def _check_trained(recipe: Recipe) -> None:
+    """Parts that are there, one of them trained, and nothing switched on that would lose a UNet's gradient."""
+    for part in recipe.trained:
+        if part not in PARTS:
+            raise UserError(f"trained: a part is one of {', '.join(PARTS)}, got {part!r}")
+    if all(part.mode == "none" for part in recipe.trained.values()):
+        raise UserError("trained: at least one part must have a mode other than 'none'")
+    unet = recipe.trained.get("unet", TrainedConfig(mode="none"))
+    if unet.gradient_checkpointing:
+        raise UserError("trained.unet.gradient_checkpointing is for text encoders; a UNet's recompute is memory.policy")
+    if unet.mode == "none":
+        return
+    if recipe.memory.policy.startswith("batched"):
         raise UserError(
-            f"objective.early_stop_steps needs objective.truncation = 'spaced', got {objective.truncation!r}"
+            f"memory.policy: {recipe.memory.policy!r} differentiates the text alone; with trained.unet.mode = "
+            f"{unet.mode!r} take 'step', which takes as little memory"
         )
-    if objective.early_stop_steps >= sampler.num_inference_steps:
+    for switch in ("compile", "cuda_graphs"):
+        if (setting := getattr(recipe.kernels, switch)) != "none":
+            raise UserError(
+                f"kernels.{switch} must be 'none' with trained.unet.mode = {unet.mode!r}: weights in compiled code and "
+                f"in graphs are constants, got {setting!r}"
+            )
+    if recipe.memory.keeps_prefixes:
         raise UserError(
-            f"objective.early_stop_steps must be below sampler.num_inference_steps ({sampler.num_inference_steps}), "
-            f"got {objective.early_stop_steps}"
+            f"memory.prefix_reuse and memory.prefix_store keep what a frozen UNet makes; with trained.unet.mode = "
+            f"{unet.mode!r} it changes with every step"
         )
-    if recipe.evaluate.trained_steps > sampler.num_inference_steps:
+
+
+def _check_prefix(recipe: Recipe) -> None:
+    """What keeps the latents of the frozen steps must find them unchanged the next time."""
+    memory, needs = recipe.memory, recipe.objective.settings.needs
+    if not memory.prefix_store:
+        raise UserError("memory.prefix_store must be 'memory' or a folder, got ''")
+    if not memory.keeps_prefixes:
+        return
+    what = "memory.prefix_reuse above 1" if memory.prefix_reuse > 1 else "a folder as memory.prefix_store"
+    if (encoder := recipe.text.prefix_encoder) != "original":
         raise UserError(
-            f"evaluate.trained_steps must be at most sampler.num_inference_steps ({sampler.num_inference_steps}), "
-            f"got {recipe.evaluate.trained_steps}"
+            f"{what} needs text.prefix_encoder = 'original': what the trained encoder gives changes with every step; "
+            f"got {encoder!r}"
         )
-    _check_prefix(recipe)
+    if not needs.fixed_prefix:
+        raise UserError(
+            f"{what} needs objective.truncation = 'last': elsewhere the frozen steps end at another step each time; "
+            f"got {getattr(recipe.objective.settings, 'truncation', recipe.objective.name)!r}"
+        )
+    if needs.backprop_steps == recipe.sampler.num_inference_steps:
+        raise UserError(f"{what} needs frozen steps: objective.backprop_steps below sampler.num_inference_steps")
+
+
+def _check_rewards(recipe: Recipe) -> None:
     for section, rewards in (("rewards", recipe.rewards), ("held_out", recipe.held_out)):
         names = [reward.label or reward.name for reward in rewards]
         for name in names:
@@ -305,26 +348,3 @@ def _check_recipe(recipe: Recipe) -> None:
                 raise UserError(f"{section}: {name!r} is named twice; give one of them a label")
     if recipe.rewards and all(reward.weight == 0 for reward in recipe.rewards):
         raise UserError("rewards: at least one weight must not be 0")
-
-
-def _check_prefix(recipe: Recipe) -> None:
-    """What keeps the latents of the frozen steps must find them unchanged the next time."""
-    memory = recipe.memory
-    if not memory.prefix_store:
-        raise UserError("memory.prefix_store must be 'memory' or a folder, got ''")
-    if not memory.keeps_prefixes:
-        return
-    what = "memory.prefix_reuse above 1" if memory.prefix_reuse > 1 else "a folder as memory.prefix_store"
-    objective = recipe.objective
-    if (encoder := recipe.text.prefix_encoder) != "original":
-        raise UserError(
-            f"{what} needs text.prefix_encoder = 'original': what the trained encoder gives changes with every step; "
-            f"got {encoder!r}"
-        )
-    if objective.truncation != "last":
-        raise UserError(
-            f"{what} needs objective.truncation = 'last': elsewhere the frozen steps end at another step each time; "
-            f"got {objective.truncation!r}"
-        )
-    if objective.backprop_steps == recipe.sampler.num_inference_steps:
-        raise UserError(f"{what} needs frozen steps: objective.backprop_steps below sampler.num_inference_steps")

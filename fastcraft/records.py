@@ -1,12 +1,11 @@
 """Data that the floors hand to each other: no behaviour beyond shape checks.
 
-Shape letters: B prompts, S segments of a prompt, L text length, D embedding width, K steps with gradient.
+Shape letters: B prompts, S segments of a prompt, R texts, L text length, D and P embedding widths.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -37,57 +36,24 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PromptEmbeds:
-    """Encoded prompts: ``cond`` ``(B, L, D)``, ``uncond`` ``(1, L, D)`` of the empty prompt, None without guidance."""
+class TextEmbeds:
+    """What a family's encoders say of R texts.
 
-    cond: Tensor
-    uncond: Tensor | None = None
+    ``sequence`` ``(R, L, D)`` is read token by token, ``pooled`` ``(R, P)`` as a whole, where the family has such;
+    ``mask`` ``(R, L)`` is true at tokens to be read, None = at all of them.
+    """
+
+    sequence: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextKV:
-    """Keys and values of every cross-attention layer, projected once per prompt.
+class PromptEmbeds:
+    """Encoded prompts: ``cond`` of B prompts, ``uncond`` of the empty prompt (one row), None without guidance."""
 
-    ``layers`` maps the layer's module name in the UNet to ``(key, value)``, each ``(R, L, C)``. Of the UNet's N samples
-    (2B with guidance, unconditional ones first) the first N - R + 1 read row 0, each of the others a row of its own. So
-    R = N is a row each, and with R = B + 1 the unconditional samples share one.
-
-    ``sums`` has, for layers that add the gradients of all denoising steps up themselves, the float32 tensors that they
-    are added to, in the shapes of key and value.
-    """
-
-    layers: Mapping[str, tuple[Tensor, Tensor]]
-    sums: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def flat(self) -> list[Tensor]:
-        """Every tensor in layer order: key, value, key, value, ..."""
-        return [tensor for pair in self.layers.values() for tensor in pair]
-
-    def unflatten(self, flat: Sequence[Tensor], *, with_sums: bool = False) -> "TextKV":
-        """Other tensors in the places of these; the inverse of `flat`.
-
-        ``with_sums`` is for tensors whose gradient reaches these very ones in the pass that computes it. Copies (a
-        graph's static inputs, say) go without, and get their gradient from autograd.
-        """
-        layers = dict(zip(self.layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
-        return TextKV(layers=layers, sums=self.sums if with_sums else {})
-
-    def repeat(self, times: int, *, num_samples: int) -> "TextKV":
-        """For a batch of ``num_samples`` that is stacked ``times`` over: every branch's rows, as often in turn.
-
-        A row that the unconditional samples share stays one. There are no ``sums``: these rows are copies.
-        """
-
-        def rows(tensor: Tensor) -> Tensor:
-            shared, own = tensor.split([len(tensor) % num_samples, len(tensor) // num_samples * num_samples])
-            branches = own.unflatten(0, (-1, 1, num_samples)).expand(-1, times, -1, -1, -1)
-            return torch.cat([shared, branches.flatten(0, 2)])
-
-        return TextKV(layers={name: (rows(key), rows(value)) for name, (key, value) in self.layers.items()})
-
-    def detach(self) -> "TextKV":
-        """The same numbers, cut off from the text encoder."""
-        return TextKV(layers={name: (key.detach(), value.detach()) for name, (key, value) in self.layers.items()})
+    cond: TextEmbeds
+    uncond: TextEmbeds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +68,7 @@ class Trajectory:
     predict_original: bool = False  # the last executed step gives its x0 estimate instead of the next latents
     input_grad: bool = True  # False: stop-gradient on the latents that enter the UNet
     uncond_grad: bool = True  # False: stop-gradient on the unconditional prediction
-    row_starts: tuple[
-        int, ...
-    ] = ()  # per sample, its first step with gradient; empty = the first of grad_steps for all
+    row_starts: tuple[int, ...] = ()  # of each sample, its first step with gradient; empty = the first of grad_steps
 
     def __post_init__(self) -> None:
         if list(self.grad_steps) != sorted(set(self.grad_steps)) or any(
@@ -124,8 +88,14 @@ class RewardOutput:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossOutput:
-    """One loss to minimise: ``loss`` is a scalar tensor; ``metrics`` are detached scalars, left on the device."""
+class Loss:
+    """One loss to minimise: ``loss`` is a scalar tensor, ``metrics`` are detached scalars, left on the device.
+
+    An update of the weights is made from one loss or more: ``share`` is the factor of this one's gradient in it (1 / n
+    for a mean over n), and the last one says ``closes_update``.
+    """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    share: float = 1.0
+    closes_update: bool = True

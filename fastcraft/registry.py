@@ -55,5 +55,5 @@ class Registry:
         if ":" in name:
             return resolve(name, self.what)
         if name not in self.entries:
-            raise UserError(f"{self.what}: unknown name {name!r}{suggestion(name, self.entries)}")
+            raise UserError(f"unknown {self.what} {name!r}{suggestion(name, self.entries)}")
         return resolve(self.entries[name], self.what)

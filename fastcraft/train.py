@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,11 @@ from fastcraft.config import dump_recipe, load_recipe, recipe_names
 from fastcraft.errors import CommandLine, UserError
 from fastcraft.recipe import Recipe
 
-if TYPE_CHECKING:  # torch and what needs it is imported only once the recipe holds
-    from fastcraft.assemble import Parts
+if TYPE_CHECKING:  # what takes long to import is imported only once the recipe holds
+    from fastcraft.build.run import Parts
+    from fastcraft.engine.interrupt import Interrupt
+    from fastcraft.engine.zero2 import Zero2Engine
+    from fastcraft.evaluation.record import RunRecord
     from fastcraft.trainer import Trainer
 
 
@@ -65,17 +69,18 @@ def train(recipe: Recipe, args: argparse.Namespace) -> int:
     _quiet_libraries()
     import torch
 
-    from fastcraft.assemble import assemble
+    from fastcraft.build.run import build_run
     from fastcraft.engine.agreement import close_distributed, rank
+    from fastcraft.engine.ds_config import load_ds_config
     from fastcraft.engine.interrupt import PREEMPTED_EXIT_CODE, StopRequested
-    from fastcraft.engine.zero2 import init_distributed, load_ds_config
+    from fastcraft.engine.zero2 import init_distributed
     from fastcraft.trainer import TrainingFailed
     from fastcraft.weights.export import ExportError
 
     ds_config = load_ds_config(args.ds_config)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    parts = assemble(recipe, device=device)
+    parts = build_run(recipe, device=device)
     ds_config = _fill(ds_config, recipe, parts)
     if args.dry_run:
         return _dry_run(recipe, args, parts)
@@ -105,9 +110,9 @@ def _quiet_libraries() -> None:
 
 def _fill(ds_config: dict[str, Any], recipe: Recipe, parts: "Parts") -> dict[str, Any]:
     """The DeepSpeed config with its "auto" values taken from the recipe and the model."""
-    from fastcraft.engine.zero2 import fill_ds_config
+    from fastcraft.engine.ds_config import fill_ds_config
 
-    sizes = [parameter.numel() for parameter in parts.trained.parameters() if parameter.requires_grad]
+    sizes = [parameter.numel() for parameter in parts.model.trained.parameters() if parameter.requires_grad]
     options = recipe.train
     return fill_ds_config(
         ds_config,
@@ -140,19 +145,10 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
     from fastcraft.engine.agreement import agree, from_rank_zero, rank, world_size
     from fastcraft.engine.checkpoint import load_checkpoint
     from fastcraft.engine.interrupt import Interrupt
-    from fastcraft.engine.zero2 import Zero2Engine
     from fastcraft.evaluation.record import RunRecord
-    from fastcraft.trainer import Trainer
 
     options = recipe.train
-    engine = Zero2Engine(
-        parts.trained,
-        ds_config=ds_config,
-        device=parts.image_model.device,
-        total_steps=options.num_steps,
-        warmup_steps=options.warmup_steps,
-        lr_schedule=options.lr_schedule,
-    )
+    engine = _engine(recipe, parts, ds_config)
     with contextlib.ExitStack() as stack:
         run_dir, found, notes = from_rank_zero(lambda: _prepare(recipe, args, stack))
         if any(agree([not (run_dir / "recipe.toml").is_file()])):
@@ -170,14 +166,83 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
                     resume_step=checkpoint.step if checkpoint else None,
                 )
             )
-        trainer = Trainer(recipe, parts, engine=engine, run_dir=run_dir, interrupt=interrupt, record=record)
-        for note in filter(None, (parts.prompts_summary, parts.acceleration, *notes)):
+        trainer = _trainer(recipe, parts, engine, run_dir=run_dir, interrupt=interrupt, record=record)
+        for note in filter(None, (parts.prompts.summary, parts.acceleration, *notes)):
             trainer.say(note)
         if checkpoint is not None:
             trainer.restore(checkpoint)
         trainer.run()
-    if rank() == 0:
-        _finish(recipe, parts, run_dir, trainer)
+    with engine.averaged():
+        if rank() == 0:
+            _finish(recipe, parts, run_dir, trainer)
+
+
+def _engine(recipe: Recipe, parts: "Parts", ds_config: dict[str, Any]) -> "Zero2Engine":
+    """Around what is trained, a parameter group for each part."""
+    from fastcraft.engine.zero2 import ParameterGroup, Zero2Engine
+
+    trained, options = parts.model.trained, recipe.train
+    groups = [
+        ParameterGroup(
+            name=part.name,
+            parameters={f"{part.name}.{name}": parameter for name, parameter in part.parameters()},
+            learning_rate=part.learning_rate,
+            ema_decay=part.ema_decay,
+        )
+        for part in trained.trained_parts()
+    ]
+    return Zero2Engine(
+        trained,
+        ds_config=ds_config,
+        device=parts.model.images.device,
+        total_steps=options.num_steps,
+        warmup_steps=options.warmup_steps,
+        lr_schedule=options.lr_schedule,
+        groups=groups,
+        exact=parts.model.exact,
+        watched=trained.parts[groups[-1].name].module,  # a UNet's first output has its gradient before the text has
+    )
+
+
+def _trainer(
+    recipe: Recipe, parts: "Parts", engine: "Zero2Engine", *, run_dir: Path, interrupt: "Interrupt",
+    record: "RunRecord | None",
+) -> "Trainer":  # fmt: skip
+    """The loop, over an image model whose encoder is called through the engine and whose steps may be interrupted."""
+    from fastcraft.build.run import build_objective
+    from fastcraft.engine.agreement import rank, world_size
+    from fastcraft.evaluator import Evaluator
+    from fastcraft.trainer import Trainer
+
+    images = replace(parts.model.through(engine), on_step=interrupt.check)
+    objective = build_objective(recipe, parts, images, rank=rank(), world_size=world_size())
+    judges = parts.judges
+    evaluator = Evaluator(
+        recipe.evaluate,
+        model=images,
+        prompts=parts.prompts.evaluation,
+        rewards=judges.rewards,
+        held_out=judges.held_out,
+        exam=judges.exam,
+        seed=recipe.train.seed,
+        decode_micro_batch=recipe.memory.decode_micro_batch,
+        record=record,
+    )
+    trainer = Trainer(
+        recipe.train,
+        objective=objective,
+        rewards=judges.rewards,
+        engine=engine,
+        evaluator=evaluator,
+        device=images.device,
+        run_dir=run_dir,
+        interrupt=interrupt,
+        smaller_plan=parts.plans.auto,
+        depth=recipe.objective.settings.needs.backprop_steps,
+        record=record,
+    )
+    evaluator.stop_together = trainer.stop_together
+    return trainer
 
 
 def _prepare(
@@ -206,29 +271,22 @@ def _prepare(
 
 def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer") -> None:
     """Export, report and the last lines, on rank 0."""
+    from fastcraft.build.export import export_run
     from fastcraft.evaluation.closing import closing_lines
     from fastcraft.evaluation.environment import environment
     from fastcraft.evaluation.record import read_evaluations
     from fastcraft.evaluation.report import write_report
-    from fastcraft.text.tokenize import tokenize
-    from fastcraft.weights.export import export_lora, export_text_encoder
 
-    ids = tokenize(parts.components.tokenizer, parts.evaluation_prompts[: recipe.evaluate.num_samples]).input_ids[:, 0]
-    model, out = parts.trained.model, run_dir / "export"
-    exports = [export_text_encoder(model, parts.components.folder / "tokenizer", out, reference_ids=ids)]
-    if recipe.text.train == "lora":
-        size = parts.image_model.latent_shape[-1] * parts.components.pixels_per_latent
-        exports += export_lora(model, out, reference_ids=ids, title=run_dir.name, resolution=size)
     checks = [
-        f"exported {e.path.relative_to(run_dir)}: reloaded, largest embedding difference {e.max_abs_error:.1e}"
-        for e in exports
+        f"exported {e.path.relative_to(run_dir)}: reloaded, largest difference {e.max_abs_error:.1e}"
+        for e in export_run(recipe, parts, run_dir / "export", title=run_dir.name)
     ]
     evaluations = read_evaluations(run_dir)
     report = write_report(
         run_dir,
         title=run_dir.name,
         recipe_text=dump_recipe(recipe),
-        prompts=parts.evaluation_prompts[: recipe.evaluate.num_samples],
+        prompts=parts.prompts.evaluation[: recipe.evaluate.num_samples],
         before=None,
         after=None,
         exam_before=evaluations[0]["evaluation"],
@@ -237,7 +295,7 @@ def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer") -
         notes=[*trainer.notes(), *checks],
         command=shlex.join(["deepspeed", "fastcraft/train.py", *(a for a in sys.argv[1:] if "--local_rank" not in a)]),
     )
-    base = parts.components.folder if recipe.model.path == "shapes" else recipe.model.path
+    base = parts.model.components.folder if recipe.model.path == "shapes" else recipe.model.path
     for line in checks:
         print(line)
     print(closing_lines(run_dir, base_model=str(base), report=report))

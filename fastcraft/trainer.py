@@ -1,190 +1,221 @@
-"""The training loop around the engine: steps, samples, checkpoints, export and report."""
+"""The training loop around the engine: rounds of an objective, updates, checkpoints and what is said of them."""
 
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastcraft.assemble import Parts, make_objective, make_order
-from fastcraft.engine.agreement import agree, from_rank_zero, mean_over_ranks, rank, world_size
+from fastcraft.engine.agreement import agree, from_rank_zero, mean_over_ranks
 from fastcraft.engine.checkpoint import Checkpoint, CheckpointError, restore_rng, rng_tensors, save_checkpoint
 from fastcraft.engine.interrupt import Interrupt, StopRequested
 from fastcraft.engine.out_of_memory import MemoryRanOutError, is_out_of_memory
 from fastcraft.engine.zero2 import StepResult, Zero2Engine
 from fastcraft.evaluation.record import RunRecord, read_evaluations
 from fastcraft.evaluator import Evaluator
-from fastcraft.recipe import Recipe
-from fastcraft.records import LossOutput
+from fastcraft.objectives.base import Objective
+from fastcraft.recipe import TrainConfig
+from fastcraft.records import Loss
 
-_COUNTERS = ("samples_seen", "bad_steps", "skipped_steps", "failed_saves")  # kept in the checkpoint
+_COUNTERS = ("bad_steps", "skipped_steps", "failed_saves", "rounds")  # kept in the checkpoint
 
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why, and the last good checkpoint is on disk."""
 
 
+class SmallerPlan(Protocol):
+    """What can be planned anew with less memory after it ran out."""
+
+    def fall_back(self, backprop_steps: int) -> str | None:
+        """Plan with less from now on; says what changed, or None when there is nothing smaller."""
+
+
 class Trainer:
     """One run on one rank.
 
     Args:
-        recipe: the resolved recipe.
-        parts: what `assemble` built from it.
-        engine: around ``parts.trained``.
+        train: the recipe's section of that name.
+        objective: yields the losses.
+        rewards: whose running statistics the checkpoints keep; None = the objective has none.
+        engine: around what is trained.
+        evaluator: samples and scores in between.
+        device: where training runs.
         run_dir: exists, and belongs to this run.
-        interrupt: polled between denoising steps.
+        interrupt: polled before every backward.
+        smaller_plan: where to turn when memory runs out; None = nowhere.
+        depth: K, of which ``smaller_plan`` is asked.
         record: on rank 0.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        parts: Parts,
+        train: TrainConfig,
         *,
+        objective: Objective,
+        rewards: Any,
         engine: Zero2Engine,
+        evaluator: Evaluator,
+        device: torch.device,
         run_dir: Path,
         interrupt: Interrupt,
+        smaller_plan: SmallerPlan | None = None,
+        depth: int = 1,
         record: RunRecord | None = None,
     ) -> None:
-        self.recipe = recipe
-        self.parts = replace(parts, image_model=replace(parts.image_model, on_step=interrupt.check))
+        self.train = train
+        self.objective = objective
+        self.rewards = rewards
         self.engine = engine
+        self.evaluator = evaluator
+        self.device = device
         self.run_dir = run_dir
         self.interrupt = interrupt
-        self.done = 0
+        self.smaller_plan = smaller_plan
+        self.depth = depth
         self.record = record
-        self.objective, text = make_objective(recipe, self.parts, engine)
-        self.evaluator = Evaluator(recipe, self.parts, text=text, stop_together=self._stop_together, record=record)
-        self.order = make_order(recipe, parts, world_size=world_size())
-        self.samples_seen = self.bad_steps = self.skipped_steps = 0
+        self.done = self.rounds = 0
+        self.bad_steps = self.skipped_steps = self.failed_saves = 0
         self.saved = -1
-        self.failed_saves = 0
         self.checked = False
-        self.exam_size = max(recipe.evaluate.exam_num_samples, recipe.evaluate.num_samples)
 
     def run(self) -> None:
-        """Train to the last step.
+        """Train to the last update.
 
         Raises:
-            StopRequested: a signal came; the last completed step has been saved.
-            TrainingFailed: too many bad steps in a row, or a group of weights that does not learn.
+            StopRequested: a signal came; the last completed round has been saved.
+            TrainingFailed: too many bad updates in a row, or a group of weights that does not learn.
         """
-        recipe = self.recipe
         try:
-            if self.done == 0:
-                self.evaluator.evaluate(0, self.exam_size)
-            elif self._evaluation_due() and not self._was_evaluated():
-                self.evaluator.evaluate(self.done)
-            else:
-                self.evaluator.watch(self.done)  # a run that was ended stays ended
-            while self.done < recipe.train.num_steps and not self.evaluator.ended:
-                self.step()
-                if recipe.train.checkpoint_every and self.done % recipe.train.checkpoint_every == 0:
+            self._evaluate_at_start()
+            while self.done < self.train.num_steps and not self.evaluator.ended:
+                before = self.done
+                self.round()
+                if _passed(self.train.checkpoint_every, before, self.done):
                     self.save()
-                if self._evaluation_due():
-                    self.evaluator.evaluate(self.done)
+                if self._evaluation_due(before):
+                    self._evaluate()
             self.save(last=True)
-            self.evaluator.evaluate(self.done, self.exam_size)
+            self._evaluate(closing=True)
         except StopRequested:
             self.save(last=True)
             raise
 
-    def step(self) -> None:
-        """One optimiser step: accumulate micro-steps, then update, count and log."""
-        train = self.recipe.train
-        began = time.perf_counter()
-        if self.parts.image_model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.parts.image_model.device)
-        outputs: list[LossOutput] = []
-        before = None if self.checked else self._clones()
-        norms: dict[str, float] = {}
-        for micro in range(train.gradient_accumulation_steps):
-            first = self.samples_seen + micro * world_size() * train.batch_size
-            watched = before is not None and micro == train.gradient_accumulation_steps - 1
-            while (done := self._micro_step(first, watched=watched)) is None:
-                pass
-            more, result, found = done
-            outputs, norms = outputs + more, norms | found
+    def round(self) -> None:
+        """One round of the objective, update by update; a stop inside it leaves the run where the round began."""
+        begun = self.engine.state() if self.objective.updates_per_round > 1 else None
+        updates = self.done
+        try:
+            self._updates_of_a_round()
+        except StopRequested:
+            if self.done > updates:  # weights between two rounds belong to no checkpoint
+                assert begun is not None
+                self.engine.load_state(begun)
+                self.done = updates
+            raise
+        self.rounds += 1
+
+    def _updates_of_a_round(self) -> None:
+        began, done = time.perf_counter(), 0
+        outputs: list[Loss] = []
+        losses = self.objective.round(self.rounds)
+        while True:
+            self.engine.begin()
+            if not outputs:
+                self._reset_peak_memory()
+            statistics = self._statistics()
+            try:
+                loss = self._next(losses)
+                if loss is None:
+                    return
+                result = self._micro_step(loss)
+            except MemoryRanOutError:
+                loss = None  # it holds what did not fit
+                losses = self._begin_again(statistics, done)
+                continue
+            done += 1
+            outputs.append(Loss(loss=loss.loss.detach(), metrics=loss.metrics))
+            if loss.closes_update:
+                self._close_update(outputs, result, began)
+                began, outputs = time.perf_counter(), []
+                if self.done >= self.train.num_steps:
+                    return
+
+    def _micro_step(self, loss: Loss) -> StepResult:
+        """Backward of one loss and, where it closes an update, the update."""
+        watch = loss.closes_update and not self.checked
+        before = self.engine.masters() if watch else {}
+        self._backward(loss)
+        norms = self.engine.group_gradient_norms() if watch else {}
+        if self.rewards is not None:
+            self.rewards.synchronize()
+        result = self.engine.step()
+        if watch and not result.skipped:
+            self._check_training(before, norms)
+        return result
+
+    def _close_update(self, outputs: list[Loss], result: StepResult, began: float) -> None:
         self.done += 1
         self._say_what_ran_slower()
-        self.samples_seen += train.gradient_accumulation_steps * world_size() * train.batch_size
-        if before is not None and not result.skipped:
-            self._check_training(before, norms)
         self._log(outputs, result, began)
         self._count_bad(result.skipped)
 
-    def _micro_step(self, first: int, *, watched: bool) -> tuple[list[LossOutput], StepResult, dict[str, float]] | None:
-        """Losses, the engine's last answer and, if ``watched``, gradient norms; None: out of memory, plan with less."""
-        batch = self.order.batch(first, rank(), batch_size=self.recipe.train.batch_size)
-        statistics = {name: values.clone() for name, values in self.parts.rewards.state_dict().items()}
-        losses = self.objective.losses(batch, draw=first)
-        outputs: list[LossOutput] = []
-        norms: dict[str, float] = {}
-        output = None
-        try:
-            while (output := self._next(losses)) is not None:
-                self._backward(output.loss)
-                if watched:
-                    norms = self.engine.group_gradient_norms()
-                self.parts.rewards.synchronize()
-                result = self.engine.step()
-                outputs.append(LossOutput(loss=output.loss.detach(), metrics=output.metrics))
-            return outputs, result, norms
-        except MemoryRanOutError:
-            if outputs:
-                raise TrainingFailed("out of memory between two updates of one micro-step") from None
-        del losses, output  # they hold what did not fit
-        self._fall_back(statistics)
-        return None
-
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Loss) -> None:
         """The engine's backward.
 
         Raises:
             MemoryRanOutError: on every rank, with nothing half done.
-            TrainingFailed: memory ran out inside the trained encoder, whose gradients are half added up by then.
+            TrainingFailed: memory ran out where gradients of weights are half added up.
         """
         try:
-            self.engine.backward(loss)
+            scaled = loss.loss if loss.share == 1 else loss.loss * loss.share
+            self.engine.backward(scaled, closes_update=loss.closes_update)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise TrainingFailed(
-                "out of memory in the text encoder's backward, where gradients are being added up and a step cannot be "
-                f"begun again; set text.gradient_checkpointing or give memory.budget_gib less: "
-                f"{str(error).splitlines()[0]}"
+                "out of memory in the backward pass of a trained part, where gradients are being added up and a step "
+                "cannot be begun again; set gradient_checkpointing for the text encoder or give memory.budget_gib "
+                f"less: {str(error).splitlines()[0]}"
             ) from error
 
-    def _fall_back(self, statistics: dict[str, Tensor]) -> None:
-        """Plan with less memory from now on, and undo what the failed micro-step told the rewards; said once.
+    def _begin_again(self, statistics: dict[str, Tensor], done: int) -> Iterator[Loss]:
+        """The losses of this round from the one that did not fit, planned with less memory from now on; said once.
 
         Raises:
-            TrainingFailed: the policy is not ``auto``, or nothing smaller is left.
+            TrainingFailed: the plan is not an automatic one, nothing smaller is left, or an update lies between.
         """
-        if self.parts.auto is None:
+        if done and self.objective.updates_per_round > 1:
+            raise TrainingFailed("out of memory between two updates of one round")
+        if self.smaller_plan is None:
             raise TrainingFailed("out of memory; memory.policy = 'auto' plans with less by itself")
-        note = self.parts.auto.fall_back(self.recipe.objective.backprop_steps)
+        note = self.smaller_plan.fall_back(self.depth)
         if any(agree([note is None])):
             raise TrainingFailed("out of memory under the smallest plan; take a smaller train.batch_size")
-        self.parts.rewards.load_state_dict(statistics)
-        if self.parts.image_model.device.type == "cuda":
+        if self.rewards is not None:
+            self.rewards.load_state_dict(statistics)
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.say(f"step {self.done + 1}: {note}")
+        return self.objective.round(self.rounds, done=done)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.
 
         At another world size the default random generators start anew; prompts and noise do not depend on them.
         """
-        rewards = {
-            name.removeprefix("reward."): t for name, t in checkpoint.tensors.items() if name.startswith("reward.")
-        }
-        self.parts.rewards.load_state_dict(rewards)
-        self.engine.load_state({name: t for name, t in checkpoint.tensors.items() if not name.startswith("reward.")})
+        kinds: dict[str, dict[str, Tensor]] = {"reward.": {}, "objective.": {}, "": {}}
+        for name, tensor in checkpoint.tensors.items():
+            kind = next(prefix for prefix in kinds if name.startswith(prefix))
+            kinds[kind][name.removeprefix(kind)] = tensor
+        if self.rewards is not None:
+            self.rewards.load_state_dict(kinds["reward."])
+        self.objective.load_state_dict(kinds["objective."])
+        self.engine.load_state(kinds[""])
         if checkpoint.rank_tensors is not None:
             restore_rng(checkpoint.rank_tensors)
         self.done = self.saved = checkpoint.step
@@ -192,18 +223,19 @@ class Trainer:
             setattr(self, name, checkpoint.state[name])
 
     def save(self, *, last: bool = False) -> None:
-        """Checkpoint of the completed steps, by all ranks together; a failed periodic save is counted, not fatal."""
+        """Checkpoint of the completed rounds, by all ranks together; a failed periodic save is counted, not fatal."""
         if self.saved == self.done:
             return
-        statistics = {f"reward.{name}": values for name, values in self.parts.rewards.state_dict().items()}
+        tensors = {f"reward.{name}": values for name, values in self._statistics().items()}
+        tensors |= {f"objective.{name}": values for name, values in self.objective.state_dict().items()}
         try:
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 self.done,
-                tensors=self.engine.state() | statistics,
+                tensors=self.engine.state() | tensors,
                 rank_tensors=rng_tensors(),
                 state={name: getattr(self, name) for name in _COUNTERS},
-                keep=self.recipe.train.keep_checkpoints,
+                keep=self.train.keep_checkpoints,
             )
             self.saved = self.done
         except CheckpointError as error:
@@ -215,28 +247,48 @@ class Trainer:
     def notes(self) -> list[str]:
         """What a reader of the report should know about the run."""
         rows = [(self.skipped_steps, "steps skipped: loss or gradient not finite"), (self.failed_saves, "saves failed")]
-        counts = {**self.parts.rewards.counts, **(self.parts.held_out.counts if self.parts.held_out else {})}
-        counted = [f"{name}: {n} pictures {what}" for name, part in counts.items() for what, n in part.items()]
-        return [*(f"{count} {what}" for count, what in rows if count), *self.evaluator.alarms, *counted]
+        return [*(f"{count} {what}" for count, what in rows if count), *self.evaluator.notes()]
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal, from rank 0."""
         if self.record is not None:
             self.record.message(text)
 
+    def stop_together(self, stop: bool) -> None:
+        """Raise `StopRequested` on all ranks if one of them was asked to stop; collective."""
+        if any(agree([stop or self.interrupt.requested])):
+            raise StopRequested(self.interrupt.reason or "another rank was asked to stop")
+
+    def _statistics(self) -> dict[str, Tensor]:
+        if self.rewards is None:
+            return {}
+        return {name: values.clone() for name, values in self.rewards.state_dict().items()}
+
     def _say_what_ran_slower(self) -> None:
-        for note in getattr(self.parts.image_model.unet, "take_notes", list)():
+        for note in self.evaluator.what_ran_slower():
             self.say(note)
 
-    def _evaluation_due(self) -> bool:
-        every = self.recipe.evaluate.every
-        return bool(every) and self.done % every == 0 and self.done < self.recipe.train.num_steps
+    def _evaluate_at_start(self) -> None:
+        if self.done == 0:
+            self._evaluate(closing=True)
+        elif self._evaluation_due(self.done - 1) and not self._was_evaluated():
+            self._evaluate()
+        else:
+            self.evaluator.watch(self.done)  # a run that was ended stays ended
+
+    def _evaluate(self, *, closing: bool = False) -> None:
+        """Pictures by the averaged weights where there are such; ``closing``: before the first and after the last."""
+        with self.engine.averaged():
+            self.evaluator.evaluate(self.done, closing=closing)
+
+    def _evaluation_due(self, before: int) -> bool:
+        return _passed(self.evaluator.every, before, self.done) and self.done < self.train.num_steps
 
     def _was_evaluated(self) -> bool:
         """Whether this step's evaluation is on file; a stop may have come between checkpoint and evaluation."""
         return from_rank_zero(lambda: any(row["step"] == self.done for row in read_evaluations(self.run_dir)))
 
-    def _next(self, losses: Iterator[LossOutput]) -> LossOutput | None:
+    def _next(self, losses: Iterator[Loss]) -> Loss | None:
         """The next loss, once all ranks agree that none was asked to stop: backward is collective."""
         output, stop, full = None, False, False
         try:
@@ -248,28 +300,21 @@ class Trainer:
                 raise
             full = True
         if output is None and not (stop or full):
-            return None  # no more losses; after an update it is too late to leave the step
-        self._stop_together(stop)
+            return None  # no more losses; after an update it is too late to leave the round
+        self.stop_together(stop)
         if any(agree([full])):
             raise MemoryRanOutError("on one of the ranks")
         return output
 
-    def _stop_together(self, stop: bool) -> None:
-        """Raise `StopRequested` on all ranks if one of them was asked to stop; collective."""
-        if any(agree([stop or self.interrupt.requested])):
-            raise StopRequested(self.interrupt.reason or "another rank was asked to stop")
-
-    def _clones(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.engine.trainable_parameters().items()}
-
-    def _check_training(self, before: dict[str, Tensor], norms: dict[str, float]) -> None:
+    def _check_training(self, before: Mapping[str, Tensor], norms: Mapping[str, float]) -> None:
         """After the first step: every trained group has a gradient and has moved (untrained encoders are a known bug).
 
         Raises:
             TrainingFailed: naming the groups that have not.
         """
         changes = self.engine.group_changes(before)
-        idle = sorted(group for group, change in changes.items() if not change > 0 or not norms[group] > 0)
+        moved = dict(zip(changes, agree([change > 0 for change in changes.values()]), strict=True))
+        idle = sorted(group for group in norms if not moved.get(group) or not norms[group] > 0)
         if idle:
             raise TrainingFailed(f"after the first step these groups have no gradient or have not moved: {idle}")
         self.checked = True
@@ -280,11 +325,15 @@ class Trainer:
         self.skipped_steps += skipped
         if skipped:
             self.say(f"step {self.done}: loss or gradient is not finite, step skipped ({self.bad_steps} in a row)")
-        if self.bad_steps >= self.recipe.train.max_bad_steps:
+        if self.bad_steps >= self.train.max_bad_steps:
             self.save(last=True)
             raise TrainingFailed(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
 
-    def _log(self, outputs: list[LossOutput], result: StepResult, began: float) -> None:
+    def _reset_peak_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _log(self, outputs: list[Loss], result: StepResult, began: float) -> None:
         """One line of metrics.jsonl: means over micro-steps and ranks; only here do numbers leave the device."""
         rows = [torch.stack([output.loss, *output.metrics.values()]).float() for output in outputs]
         values = mean_over_ranks(torch.stack(rows).mean(dim=0)).tolist()
@@ -292,20 +341,26 @@ class Trainer:
         seconds = time.perf_counter() - began
         if self.record is None:
             return
-        samples = self.recipe.train.batch_size * self.recipe.train.gradient_accumulation_steps
+        first, *others = result.lr.items()
         self.record.log_step(
             {
                 "step": self.done,
                 "rewards": {name.removeprefix("reward/"): value for name, value in means.items() if "/" in name},
                 **{name: value for name, value in means.items() if "/" not in name},
                 "grad_norm": result.grad_norm,
-                "lr": result.lr,
-                "samples_per_sec_per_gpu": samples / seconds,
+                "lr": first[1],
+                **{f"lr_{name}": rate for name, rate in others},
+                "samples_per_sec_per_gpu": self.train.batch_size * len(outputs) / seconds,
                 "step_time_s": seconds,
-                "peak_memory_mib": peak_memory_mib(self.parts.image_model.device),
+                "peak_memory_mib": peak_memory_mib(self.device),
                 "skipped": result.skipped,
             }
         )
+
+
+def _passed(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of ``every`` lies above ``before`` and at or below ``now``; never for 0."""
+    return bool(every) and now // every > before // every
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -9,14 +9,16 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastcraft_kernels": 0, "fastcraft.errors": 0,
     "fastcraft.straight_through": 1, "fastcraft.durable": 1, "fastcraft.registry": 1, "fastcraft.records": 1,
-    "fastcraft.recipe": 1, "fastcraft.config": 2,
-    "fastcraft.memory": 2, "fastcraft.weights": 2,
+    "fastcraft.memory": 2,
     "fastcraft.data": 3, "fastcraft.text": 3, "fastcraft.diffusion": 3, "fastcraft.rewards": 3,
+    "fastcraft.weights": 3, "fastcraft.trained": 3,
     "fastcraft.families": 4,
-    "fastcraft.objectives": 5, "fastcraft.engine": 5, "fastcraft.evaluation": 5, "fastcraft.shapes": 5,
-    "fastcraft.forecast": 6, "fastcraft.policy": 7, "fastcraft.assemble": 8, "fastcraft.evaluator": 9,
-    "fastcraft.dry_run": 9, "fastcraft.trainer": 10, "fastcraft.train": 11, "fastcraft.commands": 11,
-    "fastcraft.cli": 12,
+    "fastcraft.objectives": 5, "fastcraft.evaluation": 5, "fastcraft.shapes": 5,
+    "fastcraft.recipe": 6, "fastcraft.config": 7,
+    "fastcraft.engine": 8, "fastcraft.forecast": 8,
+    "fastcraft.build": 9,
+    "fastcraft.evaluator": 10, "fastcraft.dry_run": 10, "fastcraft.trainer": 11,
+    "fastcraft.train": 12, "fastcraft.commands": 12, "fastcraft.cli": 13,
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastcraft.errors import named
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flag."""
@@ -43,18 +45,15 @@ def describe_model(model: str) -> str:
 
 def _networks(model: str) -> dict[str, Any]:
     """By the name that they have in a run: UNet and VAE, the image tower of a reward, or all three of ``shapes``."""
-    from fastcraft.assemble import SHAPES
     from fastcraft.families.components import load_skeletons
     from fastcraft.rewards.skeleton import image_skeleton
+    from fastcraft.shapes import PIPELINE, REWARD
 
     path = Path(model).expanduser()
     if model != "shapes" and path.exists() and not (path / "unet").is_dir():
         return {"reward": image_skeleton(path)}
-    networks = dict(
-        zip(
-            ("unet", "vae"), load_skeletons(SHAPES / "weights" / "pipeline" if model == "shapes" else path), strict=True
-        )
-    )
+    with named("--model: "):
+        networks = dict(zip(("unet", "vae"), load_skeletons(PIPELINE if model == "shapes" else path), strict=True))
     if model == "shapes":
-        networks["reward"] = image_skeleton(SHAPES / "weights" / "reward")
+        networks["reward"] = image_skeleton(REWARD)
     return networks

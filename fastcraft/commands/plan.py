@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcraft.errors import UserError
+from fastcraft.errors import UserError, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fastcraft.memory.plan import CheckpointPlan
 
 HELP = "predict memory and time of a training step on a card, and the plan and batch that suit it best"
-SHAPES = Path(__file__).parents[1] / "shapes" / "weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,16 +64,17 @@ def run(args: argparse.Namespace) -> int:
     card = find_card(args.device)
     make_plan = None
     if args.policy != "auto":
-        make_plan = plan_maker(
-            args.policy, backprop_steps=args.depth, decode_micro_batch=0, device_type="cuda",
-            input_grad=not args.no_input_grad,
-        )  # fmt: skip
-    named = set(make_plan(args.depth).steps) if make_plan else set()
+        with named("--policy: "):
+            make_plan = plan_maker(
+                args.policy, backprop_steps=args.depth, decode_micro_batch=0, device_type="cuda",
+                input_grad=not args.no_input_grad,
+            )  # fmt: skip
+    needed = set(make_plan(args.depth).steps) if make_plan else set()
     found = networks(args)
     with contextlib.nullcontext() if args.kernels == "reference" else _fused(found):
         estimate = cached_estimate(
             found, guided=args.guidance != 1, world_size=args.world_size,
-            treatments=tuple(sorted({*TREATMENTS, *OFFLOADS, *named})),
+            treatments=tuple(sorted({*TREATMENTS, *OFFLOADS, *needed})),
         )  # fmt: skip
     planner = Planner(estimate, card, num_inference_steps=args.steps, input_grad=not args.no_input_grad)
     sizes = [args.batch] if args.batch else list(BATCH_SIZES)
@@ -103,12 +103,13 @@ def networks(args: argparse.Namespace) -> "Networks":
 
     from fastcraft.forecast.architectures import MODELS, towers_of
     from fastcraft.forecast.networks import networks_from_configs
+    from fastcraft.shapes import PIPELINE
 
     towers: list[Any] = []
     names = [name.strip() for name in args.rewards.split(",") if name.strip()]
     towers += towers_of(name for name in names if not Path(name).is_dir())
     towers += [_read(Path(name) / "config.json", "--rewards")["vision_config"] for name in names if Path(name).is_dir()]
-    path = SHAPES / "pipeline" if args.model == "shapes" else Path(args.model)
+    path = PIPELINE if args.model == "shapes" else Path(args.model)
     if args.model in MODELS:
         configs = MODELS[args.model]
     elif (path / "unet").is_dir():

@@ -82,39 +82,29 @@ def measure(recipes: "dict[tuple[int, str], Recipe]", *, device: "torch.device",
     """
     import torch
 
-    from fastcraft.assemble import assemble, make_objective
-    from fastcraft.data.order import PromptOrder
+    from fastcraft.build.plan import build_plans, run_planner
+    from fastcraft.build.run import build_objective, build_run
+    from fastcraft.dry_run import networks_in
     from fastcraft.engine.out_of_memory import is_out_of_memory
     from fastcraft.forecast.auto import treatments_on
-    from fastcraft.forecast.networks import networks_of
     from fastcraft.forecast.planner import describe
     from fastcraft.forecast.profile import measure_row, time_steps
-    from fastcraft.policy import policy_of, run_planner
 
     first = next(iter(recipes.values()))
-    parts = assemble(first, device=device)
-    networks = networks_of(parts.components, parts.trained, parts.rewards, name=first.model.path)
-    modules = (parts.trained, parts.original, parts.image_model.unet, parts.image_model.vae, parts.rewards)
+    parts = build_run(first, device=device)
+    modules = (*networks_in(parts), parts.judges.rewards)
     weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     size = first.train.batch_size
-    batch = PromptOrder(parts.prompts, seed=first.train.seed).batch(0, 0, batch_size=size)
-    dtype = getattr(torch, first.train.dtype)
-
-    def encode(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as the engine does
-            return parts.trained(ids)
-
     rows, steps = [], []
     for (depth, name), recipe in recipes.items():
-        make_plan, _ = policy_of(recipe, networks, device)
-        plan = make_plan(depth)
-        planner = run_planner(recipe, networks, device, treatments={*treatments_on(device), *plan.steps})
+        plans = build_plans(recipe, parts.networks, device)
+        plan = plans.make(depth)
+        planner = run_planner(recipe, parts.networks, device, treatments={*treatments_on(device), *plan.steps})
         predicted = planner.predict(planner.weigh(plan, batch_size=size))
-        objective, _ = make_objective(recipe, replace(parts, make_plan=make_plan), encode)
+        objective = build_objective(recipe, replace(parts, plans=plans), parts.model.images)
 
         def step(objective: Any = objective) -> torch.Tensor:
-            (output,) = objective.losses(batch, draw=0)
-            return output.loss
+            return next(objective.round(0)).loss
 
         try:
             row = measure_row(

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.diffusion.cuda_graphs import MAX_SHAPES, CudaRecorder, GraphedCall, Recorder
 from fastcraft.diffusion.treatments import recompute
 from fastcraft.errors import UserError
 from fastcraft.memory.plan import KEEP, RECOMPUTE, RECOMPUTE_BLOCKS, CheckpointPlan
-from fastcraft.records import TextKV
 
 COMPILED_TREATMENTS = {"blocks": (KEEP, RECOMPUTE, RECOMPUTE_BLOCKS), "whole": (KEEP, RECOMPUTE)}
 """What a step with gradient can be asked to keep, where its inside is compiled."""
@@ -89,12 +89,16 @@ class AcceleratedUNet:
         self, unet: Any, *, compile: str = "none", cuda_graphs: str = "none", recorder: Recorder | None = None,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:  # fmt: skip
+        if any(parameter.requires_grad for parameter in unet.parameters()):
+            raise ValueError(
+                "AcceleratedUNet: the UNet must be frozen: compiled code and graphs would lose its gradient"
+            )
         self.unet = unet
         self.compiles = compile
         self.graphs_grad = cuda_graphs == "all"
         self._graphs = None if cuda_graphs == "none" else GraphedCall(recorder or CudaRecorder(unet.device))
         self._network: Any = unet
-        self._layout: TextKV | None = None  # of the text, without contents
+        self._layout: Conditioning | None = None  # of the text, without contents
         self._learned: set[Any] = set()
         self._learning = False
         self._keep = True
@@ -116,17 +120,17 @@ class AcceleratedUNet:
 
     def __call__(
         self, sample: Tensor, timestep: Tensor, *, encoder_hidden_states: None = None,
-        cross_attention_kwargs: dict[str, TextKV], return_dict: bool = False,
+        cross_attention_kwargs: dict[str, Conditioning], return_dict: bool = False,
     ) -> tuple[Tensor]:  # fmt: skip
         """As the UNet's own, with text keys and values alone and a tuple as the answer."""
-        (text_kv,) = cross_attention_kwargs.values()
+        (conditioning,) = cross_attention_kwargs.values()
         if self._layout is None:
-            self._layout = text_kv.unflatten([tensor.detach().to("meta") for tensor in text_kv.flat()])
-        inputs = (sample, timestep, *text_kv.flat())
+            self._layout = conditioning.unflatten([tensor.detach().to("meta") for tensor in conditioning.flat()])
+        inputs = (sample, timestep, *conditioning.flat())
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             return (self._without_grad(inputs),)
         if not self.graphs_grad and self.compiles in ("none", "prefix"):
-            return (_run(self.unet, sample, timestep, text_kv),)
+            return (_run(self.unet, sample, timestep, conditioning),)
         if self.graphs_grad:
             assert self._graphs is not None
             if self._graphed(inputs):
@@ -181,10 +185,10 @@ class AcceleratedUNet:
     def _compiled(self, sample: Tensor, timestep: Tensor, *flat: Tensor) -> Tensor:
         """The UNet's output by the code that has been compiled for these shapes, or else eager. ``flat``: the text."""
         assert self._layout is not None
-        text_kv = self._layout.unflatten(flat)
+        conditioning = self._layout.unflatten(flat)
         grad = torch.is_grad_enabled()
         if self.compiles == "none" or (grad and self.compiles == "prefix"):
-            return _run(self.unet, sample, timestep, text_kv)
+            return _run(self.unet, sample, timestep, conditioning)
         key = (grad, *((tuple(t.shape), t.requires_grad) for t in (sample, *flat)))
         if self._learning:
             self._learned.add(key)
@@ -194,10 +198,10 @@ class AcceleratedUNet:
                 "text tokens, for which nothing was compiled"
             )
             with torch.compiler.set_stance("force_eager"):
-                return _run(self.unet, sample, timestep, text_kv)
+                return _run(self.unet, sample, timestep, conditioning)
         freezes = self._learning and not grad and self.compiles != "blocks"
         with _frozen() if freezes else contextlib.nullcontext():
-            return _run(self._network, sample, timestep, text_kv)
+            return _run(self._network, sample, timestep, conditioning)
 
     def _graphed(self, inputs: Sequence[Tensor]) -> bool:
         assert self._graphs is not None
@@ -223,9 +227,13 @@ def _allow_versions() -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _MAX_VERSIONS)
 
 
-def _run(network: Any, sample: Tensor, timestep: Tensor, text_kv: TextKV) -> Tensor:
+def _run(network: Any, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
     output: Tensor = network(
-        sample, timestep, encoder_hidden_states=None, cross_attention_kwargs={"text_kv": text_kv}, return_dict=False
+        sample,
+        timestep,
+        encoder_hidden_states=None,
+        cross_attention_kwargs={"conditioning": conditioning},
+        return_dict=False,
     )[0]
     return output
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcraft.records import TextKV
+from fastcraft.diffusion.conditioning import Conditioning
 
 Prepared = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
 """Key, value, and the sums of their gradients, if the layer has such."""
@@ -37,32 +37,32 @@ class SelfAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        text_kv: TextKV | None = None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor:
         return _attend(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
 
 
 def _row_each(x: Tensor, num_samples: int) -> Tensor:
-    """Keys or values of `TextKV` with a row for every sample: as they are, or a copy."""
+    """Keys or values of `Conditioning` with a row for every sample: as they are, or a copy."""
     num_shared = num_samples - x.shape[0] + 1
     return x if num_shared == 1 else torch.cat([x[:1].expand(num_shared, -1, -1), x[1:]])
 
 
 class CrossAttention:
-    """Cross-attention whose keys and values come from ``text_kv``, not from ``encoder_hidden_states``.
+    """Cross-attention whose keys and values come from ``conditioning``, not from ``encoder_hidden_states``.
 
     Args:
-        name: the layer's key in `TextKV.layers`.
+        name: the layer's key in `Conditioning.layers`.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> Prepared:
-        """Projected text as this layer's entries in `TextKV`, once per prompt.
+        """Projected text as this layer's entries in `Conditioning`, once per prompt.
 
         Args:
-            key: ``(R, L, C)``; rows as in `TextKV`.
+            key: ``(R, L, C)``; rows as in `Conditioning`.
             value: as ``key``.
             num_samples: N.
 
@@ -79,9 +79,11 @@ class CrossAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        text_kv: TextKV | None = None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor:
-        if text_kv is None:
-            raise ValueError(f"CrossAttention: layer {self.name!r} got no text_kv; pass it in cross_attention_kwargs")
-        key, value = (_row_each(x, hidden_states.shape[0]) for x in text_kv.layers[self.name])
+        if conditioning is None:
+            raise ValueError(
+                f"CrossAttention: layer {self.name!r} got no conditioning; pass it in cross_attention_kwargs"
+            )
+        key, value = (_row_each(x, hidden_states.shape[0]) for x in conditioning.layers[self.name])
         return _attend(attn, attn.to_q(hidden_states), key, value)

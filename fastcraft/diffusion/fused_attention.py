@@ -1,4 +1,4 @@
-"""Attention processors on the fused ops; like those of `attention`, they take text keys and values from `TextKV`."""
+"""Attention processors on the fused ops; like those of `attention`, they take the text from `Conditioning`."""
 
 import functools
 import logging
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcraft.diffusion.attention import CrossAttention, Prepared, SelfAttention
-from fastcraft.records import TextKV
+from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft_kernels.attention import attention
 from fastcraft_kernels.cross_attention import cross_attention, gather_kv_gradients
 from fastcraft_kernels.cross_attention.tiles import MAX_KEYS
@@ -25,7 +25,7 @@ class FusedSelfAttention(SelfAttention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        text_kv: TextKV | None = None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor:
         _refuse_mask(attention_mask)
         query, key, value = (_heads(layer(hidden_states), attn) for layer in (attn.to_q, attn.to_k, attn.to_v))
@@ -35,9 +35,9 @@ class FusedSelfAttention(SelfAttention):
 class FusedCrossAttention(CrossAttention):
     """Cross-attention by `fastcraft_kernels.cross_attention`.
 
-    Keys and values come from ``text_kv``; without it they are projected from ``encoder_hidden_states``, as diffusers
-    does. A row that several samples share is read in place. A text longer than the op's `MAX_KEYS` is attended to by
-    PyTorch's own attention.
+    Keys and values come from ``conditioning``; without it they are projected from ``encoder_hidden_states``, as
+    diffusers does. A row that several samples share is read in place. A text longer than the op's `MAX_KEYS` is
+    attended to by PyTorch's own attention.
     """
 
     def prepare(self, key: Tensor, value: Tensor, *, num_samples: int) -> Prepared:
@@ -56,19 +56,21 @@ class FusedCrossAttention(CrossAttention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        text_kv: TextKV | None = None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor:
         _refuse_mask(attention_mask)
         sums = None
-        if text_kv is not None:
-            key, value = text_kv.layers[self.name]
-            sums = text_kv.sums.get(self.name)
+        if conditioning is not None:
+            key, value = conditioning.layers[self.name]
+            sums = conditioning.sums.get(self.name)
         elif encoder_hidden_states is not None:
             key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         else:
-            raise ValueError(f"FusedCrossAttention: layer {self.name!r} got neither text_kv nor encoder_hidden_states")
+            raise ValueError(
+                f"FusedCrossAttention: layer {self.name!r} got neither conditioning nor encoder_hidden_states"
+            )
         if key.shape[1] > MAX_KEYS:
-            return super().__call__(attn, hidden_states, text_kv=TextKV(layers={self.name: (key, value)}))
+            return super().__call__(attn, hidden_states, conditioning=Conditioning(layers={self.name: (key, value)}))
         num_shared = hidden_states.shape[0] - key.shape[0] + 1
         query, key, value = (_heads(x, attn) for x in (attn.to_q(hidden_states), key, value))
         if sums is not None:

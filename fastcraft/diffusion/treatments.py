@@ -40,7 +40,7 @@ def carry_out(treatment: str, call: Callable[..., Any], *args: Any, module: nn.M
     if treatment.startswith(OFFLOAD):
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         if device.type != "cuda":
-            raise UserError(f"memory.policy: {treatment!r} needs CUDA tensors, got {device.type}")
+            raise UserError(f"{treatment!r} needs CUDA tensors, got {device.type}")
     if treatment == RECOMPUTE_BLOCKS:
         call = functools.partial(_with_blocks, module, call)
     elif treatment != RECOMPUTE:

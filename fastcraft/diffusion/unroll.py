@@ -7,51 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcraft.diffusion.conditioning import Conditioning
+from fastcraft.diffusion.network import Network
 from fastcraft.diffusion.treatments import BatchedSteps, carry_out
 from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
-from fastcraft.records import TextKV, Trajectory
-
-
-def predict_noise(
-    unet: Any,
-    latents: Tensor,
-    timestep: Tensor,
-    text_kv: TextKV,
-    *,
-    guided: bool,
-) -> Tensor:
-    """What the UNet predicts with the text and, if ``guided``, without it; the sampler's step combines the two.
-
-    Args:
-        unet: prepared by `use_text_kv`.
-        latents: ``(B, C, H, W)`` float32.
-        timestep: ``()``, or ``(B,)`` of one's own for each row, int64 on the UNet's device.
-        text_kv: for B samples; if ``guided`` for 2B, unconditional first.
-        guided: whether there are unconditional rows.
-
-    Returns:
-        ``(B, C, H, W)`` or, if ``guided``, ``(2B, C, H, W)``; dtype of the UNet.
-    """
-    inputs = torch.cat([latents, latents]) if guided else latents
-    if guided and timestep.ndim:
-        timestep = torch.cat([timestep, timestep])
-    output: Tensor = unet(
-        inputs.to(unet.dtype),
-        timestep,
-        encoder_hidden_states=None,
-        cross_attention_kwargs={"text_kv": text_kv},
-        return_dict=False,
-    )[0]
-    return output
+from fastcraft.records import Trajectory
 
 
 def denoise(
-    unet: Any,
+    network: Network,
     latents: Tensor,
+    conditioning: Conditioning,
     *,
     sampler: Any,
-    text_kv: TextKV,
-    prefix_kv: TextKV,
     guidance_scale: float,
     trajectory: Trajectory,
     plan: CheckpointPlan,
@@ -61,16 +29,14 @@ def denoise(
 ) -> Tensor:
     """Run the steps ``start .. trajectory.num_steps - 1``.
 
-    Steps before the first one with gradient are conditioned by ``prefix_kv``, later ones by ``text_kv``; a step without
-    gradient makes its prediction under ``no_grad``. The sampler's arithmetic always carries gradient, so a prediction
-    in the middle of the trajectory reaches the image through the later steps.
+    A step without gradient makes its prediction under ``no_grad``. The sampler's arithmetic always carries gradient, so
+    a prediction in the middle of the trajectory reaches the image through the later steps.
 
     Args:
-        unet: frozen, prepared by `use_text_kv`.
+        network: frozen or trained.
         latents: ``(B, C, H, W)`` float32, standard normal for ``start`` = 0.
-        sampler: an entry of `SAMPLERS`.
-        text_kv: what the trained encoder gives, with gradient.
-        prefix_kv: what conditions the prefix.
+        conditioning: for B samples, or for 2B with guidance.
+        sampler: a grid that an entry of `SAMPLERS` made.
         guidance_scale: at least 1.
         trajectory: which steps carry gradient, and how the run ends.
         plan: what each step with gradient keeps for backward; its length is that of ``trajectory.grad_steps``.
@@ -80,31 +46,52 @@ def denoise(
 
     Returns:
         ``(B, C, H, W)`` float32: the latents after the last step, or its x0 estimate.
+
+    Raises:
+        ValueError: a plan that does not fit the trajectory, or that would lose the gradient of a trained network.
     """
-    if len(plan.steps) != len(trajectory.grad_steps):
-        raise ValueError(f"denoise: plan has {len(plan.steps)} steps, trajectory {len(trajectory.grad_steps)}")
-    if plan.batched and trajectory.input_grad:
-        raise ValueError(f"denoise: plan.batched needs a trajectory with input_grad = False, got {plan.batched}")
-    num_to_run = sum(index >= start for index in trajectory.grad_steps)
-    chain = _Chain(
-        unet=unet, sampler=sampler, guidance_scale=guidance_scale, trajectory=trajectory, noises=noises,
-        treatments=dict(zip(trajectory.grad_steps, plan.steps, strict=True)),
-        timesteps=torch.tensor(sampler.timesteps, device=latents.device),
-        batches=BatchedSteps(plan.batched, num_steps=num_to_run) if plan.batched else None,
-    )  # fmt: skip
+    chain = _chain(network, latents, sampler, guidance_scale, trajectory, plan, noises, start)
     first = min(trajectory.grad_steps, default=trajectory.num_steps)
     if start < first:
         with torch.inference_mode():
             for index in range(start, first):
                 if on_step is not None:
                     on_step()
-                latents = chain.step(index, latents, prefix_kv)
+                latents = chain.step(index, latents, conditioning)
         latents = latents.clone()  # autograd refuses to save a tensor made in inference mode
     for steps, together in _regions(trajectory, plan, max(start, first)):
         if on_step is not None:
             on_step()
-        latents = chain.run(steps, latents, text_kv, recomputed=together)
+        latents = chain.run(steps, latents, conditioning, recomputed=together)
     return latents
+
+
+def _chain(
+    network: Network, latents: Tensor, sampler: Any, guidance_scale: float, trajectory: Trajectory,
+    plan: CheckpointPlan, noises: Sequence[Tensor] | None, start: int,
+) -> "_Chain":  # fmt: skip
+    """The steps of one run, once plan, trajectory and network are known to fit each other."""
+    if len(plan.steps) != len(trajectory.grad_steps):
+        raise ValueError(f"denoise: plan has {len(plan.steps)} steps, trajectory {len(trajectory.grad_steps)}")
+    if plan.batched and trajectory.input_grad:
+        raise ValueError(f"denoise: plan.batched needs a trajectory with input_grad = False, got {plan.batched}")
+    if plan.batched and is_trained(network):
+        raise ValueError(
+            f"denoise: plan.batched differentiates the text alone and would lose a trained network's gradient, got "
+            f"{plan.batched}"
+        )
+    num_to_run = sum(index >= start for index in trajectory.grad_steps)
+    return _Chain(
+        network=network, sampler=sampler, guidance_scale=guidance_scale, trajectory=trajectory, noises=noises,
+        treatments=dict(zip(trajectory.grad_steps, plan.steps, strict=True)),
+        times=torch.tensor(sampler.timesteps, device=latents.device),
+        batches=BatchedSteps(plan.batched, num_steps=num_to_run) if plan.batched else None,
+    )  # fmt: skip
+
+
+def is_trained(network: Network) -> bool:
+    """Whether a weight of the network itself requires gradient."""
+    return any(parameter.requires_grad for parameter in network.module.parameters())
 
 
 def _regions(trajectory: Trajectory, plan: CheckpointPlan, start: int) -> Iterator[tuple[range, bool]]:
@@ -125,57 +112,60 @@ def _regions(trajectory: Trajectory, plan: CheckpointPlan, start: int) -> Iterat
 class _Chain:
     """What all steps of one run share; ``treatments`` has the steps with gradient. Names as in `denoise`."""
 
-    unet: Any
+    network: Network
     sampler: Any
     guidance_scale: float
     trajectory: Trajectory
     noises: Sequence[Tensor] | None
     treatments: Mapping[int, str]
-    timesteps: Tensor
+    times: Tensor
     batches: BatchedSteps | None
 
-    def run(self, steps: range, latents: Tensor, text_kv: TextKV, *, recomputed: bool) -> Tensor:
+    def run(self, steps: range, latents: Tensor, conditioning: Conditioning, *, recomputed: bool) -> Tensor:
         """Several steps, run again in backward as a whole if ``recomputed``."""
 
         def chain(latents: Tensor, *flat: Tensor) -> Tensor:
-            kv = text_kv.unflatten(flat, with_sums=True)
+            prepared = conditioning.unflatten(flat)
             for index in steps:
-                latents = self.step(index, latents, kv)
+                latents = self.step(index, latents, prepared)
             return latents
 
-        return carry_out(RECOMPUTE if recomputed else KEEP, chain, latents, *text_kv.flat(), module=self.unet)
+        return carry_out(
+            RECOMPUTE if recomputed else KEEP, chain, latents, *conditioning.flat(), module=self.network.module
+        )
 
-    def step(self, index: int, latents: Tensor, text_kv: TextKV) -> Tensor:
+    def step(self, index: int, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """The latents after step ``index``, or the x0 estimate where the run ends with one."""
         trajectory = self.trajectory
 
         def predict(indices: Sequence[int], latents: Tensor, *flat: Tensor) -> Tensor:
-            kv = text_kv.unflatten(flat, with_sums=self.batches is None)  # a batch goes backward on copies
-            return self._predict(indices, latents, kv)
+            return self._predict(indices, latents, conditioning.unflatten(flat))
 
         inputs = latents if trajectory.input_grad else latents.detach()
         if index not in self.treatments:
             with torch.no_grad():
-                output = predict([index], inputs, *text_kv.flat())
+                output = predict([index], inputs, *conditioning.flat())
         elif self.batches is not None:
-            output = self._stop_gradients(index, self.batches.run(predict, index, inputs, *text_kv.flat()))
+            output = self._stop_gradients(index, self.batches.run(predict, index, inputs, *conditioning.flat()))
         else:
-            output = carry_out(self.treatments[index], predict, [index], inputs, *text_kv.flat(), module=self.unet)
+            output = carry_out(
+                self.treatments[index], predict, [index], inputs, *conditioning.flat(), module=self.network.module
+            )
             output = self._stop_gradients(index, output)
         if trajectory.predict_original and index == trajectory.num_steps - 1:
             return self.sampler.predict_original(index, latents, output, guidance_scale=self.guidance_scale)
         noise = None if self.noises is None else self.noises[index]
         return self.sampler.step(index, latents, output, guidance_scale=self.guidance_scale, noise=noise)
 
-    def _predict(self, indices: Sequence[int], latents: Tensor, text_kv: TextKV) -> Tensor:
+    def _predict(self, indices: Sequence[int], latents: Tensor, conditioning: Conditioning) -> Tensor:
         """Predictions of one step or, ``latents`` being those of several one below the other, of all of them."""
         guided, times = self.guidance_scale != 1, len(indices)
         if times == 1:
-            return predict_noise(self.unet, latents, self.timesteps[indices[0]], text_kv, guided=guided)
+            return self.network.predict(latents, self.times[indices[0]], conditioning, guided=guided)
         num_samples = len(latents) // times
-        timestep = torch.stack([self.timesteps[index] for index in indices]).repeat_interleave(num_samples)
-        text_kv = text_kv.repeat(times, num_samples=num_samples)
-        output = predict_noise(self.unet, latents, timestep, text_kv, guided=guided)
+        time = torch.stack([self.times[index] for index in indices]).repeat_interleave(num_samples)
+        conditioning = conditioning.repeat(times, num_samples=num_samples)
+        output = self.network.predict(latents, time, conditioning, guided=guided)
         return output.unflatten(0, (-1, times, num_samples)).transpose(0, 1).flatten(0, 2)
 
     def _stop_gradients(self, index: int, output: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
 """The training engine: DeepSpeed ZeRO around the trained module, and nothing else. Only this file imports deepspeed.
 
-Parameters are float32 with autocast inside the forward. DeepSpeed's bf16 section would build the master weights from
-rounded ones, its timers see only this module, and its checkpoints are replaced by `fastcraft.engine.checkpoint`.
+Trained parameters are float32, with autocast inside the forward, or bfloat16 with float32 masters and gradients, which
+takes 6 bytes a parameter less on every rank. DeepSpeed would build those masters from the rounded weights; they are set
+to the exact ones instead. Its timers see only this module, and its checkpoints are replaced by
+`fastcraft.engine.checkpoint`.
 """
 
+import contextlib
 import copy
 import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +20,27 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
-from fastcraft.engine.agreement import agree, barrier, close_distributed, rank, world_size
-from fastcraft.engine.ds_config import fill_ds_config, load_ds_config
+from fastcraft.engine import averages
+from fastcraft.engine.agreement import agree, rank
 from fastcraft.engine.out_of_memory import MemoryRanOutError, is_out_of_memory
 from fastcraft.engine.schedule import lr_at
 from fastcraft.errors import UserError
 from fastcraft.weights.keymap import parameter_group
 
-__all__ = [
-    "StepResult", "Zero2Engine", "barrier", "close_distributed", "fill_ds_config", "init_distributed", "load_ds_config",
-    "lr_at", "parameter_group", "rank", "world_size",
-]  # fmt: skip
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own, by their names in the module.
+
+    ``learning_rate`` is the peak; ``ema_decay`` that of an average kept beside the weights, 0 = none.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+    ema_decay: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +49,13 @@ class StepResult:
 
     ``took_step``: the weights were updated. ``skipped``: an update was due and dropped, the gradient not being finite.
     Both are False while gradients accumulate. ``grad_norm``: global norm before clipping when the weights were
-    updated. ``lr``: the learning rate of this update, or of the one that is due next.
+    updated. ``lr``: the learning rates of this update, or of the one that is due next, by parameter group.
     """
 
     took_step: bool
     skipped: bool
     grad_norm: float | None
-    lr: float
+    lr: Mapping[str, float]
 
 
 def init_distributed(device_type: str) -> bool:
@@ -82,12 +93,16 @@ def init_distributed(device_type: str) -> bool:
 class Zero2Engine:
     """Trains the parameters of one module that require a gradient.
 
-    One micro-step is ``engine(...)`` once, any frozen chain on its output, ``backward(loss)`` once and ``step()``
-    once; every ``gradient_accumulation_steps``-th ``step()`` updates the weights with the mean gradient over
-    micro-steps and ranks.
+    One micro-step is ``engine(...)`` as often as wanted, any frozen chain on its output, ``backward(loss)`` once and
+    ``step()`` once; a ``step()`` that closes an update changes the weights by the sum of the gradients since the last
+    one, of which the mean over ranks is taken.
 
     Args:
-        module: its trained parameters are float32. Rank 0's weights are sent to every rank.
+        module: its trained parameters are all float32 or all bfloat16. Rank 0's weights are sent to every rank.
+        groups: all trained parameters; None = one group at the config's rate.
+        exact: for bfloat16 parameters, by name, the float32 values that they were rounded from; taken out when used.
+        watched: the part of the module whose first output with gradient gets its own before any trained weight does;
+            None = the module. See `backward`.
         ds_config: from `fill_ds_config`.
         device: where the module goes; that of `init_distributed`.
         total_steps: updates of the whole run, for the cosine.
@@ -107,25 +122,53 @@ class Zero2Engine:
         total_steps: int,
         warmup_steps: int,
         lr_schedule: str,
+        groups: Sequence[ParameterGroup] | None = None,
+        exact: MutableMapping[str, Tensor] | None = None,
+        watched: nn.Module | None = None,
+    ) -> None:
+        config = copy.deepcopy(dict(ds_config))
+        params = config.pop("optimizer")["params"]
+        self._schedule: dict[str, Any] = {
+            "warmup_steps": warmup_steps, "total_steps": total_steps, "schedule": lr_schedule,
+        }  # fmt: skip
+        self._groups = list(groups or _one_group(module, learning_rate=params["lr"]))
+        self._parameters = {name: param for group in self._groups for name, param in group.parameters.items()}
+        self._check_parameters(module)
+        if self._dtype == torch.bfloat16:
+            config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+            config.pop("torch_autocast", None)
+        module.to(device)
+        self._initialize(module, config, params, device)
+        self.module = module
+        self._updates = 0
+        self._awaits_step = self._closes = self._is_watching = self.gradient_arrived = False
+        (watched or module).register_forward_hook(self._watch)
+        self._set_masters(exact if exact is not None else {})
+        self._make_moments()
+
+    def _check_parameters(self, module: nn.Module) -> None:
+        """All trained parameters, in one of the two dtypes, and each in a group."""
+        if not self._parameters:
+            raise UserError("nothing to train: no parameter of the model requires a gradient")
+        trained = {name for name, param in module.named_parameters() if param.requires_grad}
+        if trained != self._parameters.keys():
+            raise ValueError(f"parameter groups must have all trained parameters, got {len(self._parameters)}")
+        dtypes = {param.dtype for param in self._parameters.values()}
+        if dtypes not in ({torch.float32}, {torch.bfloat16}):
+            raise ValueError(f"trained parameters must all be float32 or all bfloat16, got {sorted(map(str, dtypes))}")
+        self._dtype = dtypes.pop()
+
+    def _initialize(
+        self, module: nn.Module, config: dict[str, Any], params: dict[str, Any], device: torch.device
     ) -> None:
         import deepspeed
         import pydantic
 
-        config = copy.deepcopy(dict(ds_config))
-        params = config.pop("optimizer")["params"]
-        self._schedule = {"peak": params["lr"], "warmup_steps": warmup_steps,
-                          "total_steps": total_steps, "schedule": lr_schedule}  # fmt: skip
-        self._parameters = {name: param for name, param in module.named_parameters() if param.requires_grad}
-        if not self._parameters:
-            raise UserError("nothing to train: no parameter of the text encoder requires a gradient")
-        for name, param in self._parameters.items():
-            if param.dtype != torch.float32:
-                raise ValueError(f"trained parameters must be float32, got {param.dtype} for {name}")
-        module.to(device)
         offloaded = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "cpu"
+        rows = [{"params": list(group.parameters.values()), "lr": group.learning_rate} for group in self._groups]
         optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=params["lr"], betas=tuple(params["betas"]), eps=params["eps"],
-            weight_decay=params["weight_decay"], fused=device.type == "cuda" or offloaded,
+            rows, betas=tuple(params["betas"]), eps=params["eps"], weight_decay=params["weight_decay"],
+            fused=device.type == "cuda" or offloaded,
         )  # fmt: skip
         try:
             self._engine, self._zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -135,21 +178,23 @@ class Zero2Engine:
             raise UserError(f"--ds_config: {where}: {problem['msg']}, got {problem['input']!r}") from error
         except (ValueError, AssertionError) as error:
             raise UserError(f"--ds_config: DeepSpeed refuses it: {str(error).splitlines()[0]}") from error
-        self.module = module
-        self._updates = 0
-        self._awaits_step = self._watched = self.gradient_arrived = False
-        self._make_moments()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward under autocast; once per micro-step when gradients are on."""
-        output = self._engine(*args, **kwargs)
-        self.gradient_arrived = False
-        self._watched = isinstance(output, Tensor) and output.requires_grad
-        if self._watched:
-            output.register_hook(self._note_arrival)
-        return output
+        """The module's forward, under autocast where its parameters are float32."""
+        return self._engine(*args, **kwargs)
 
     forward = __call__
+
+    def begin(self) -> None:
+        """Begin a micro-step: forwards of one that was given up, for want of memory, mean nothing any more."""
+        self._is_watching = self.gradient_arrived = False
+
+    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Look out for the gradient of the first output of this micro-step; a recompute is not the first."""
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, Tensor) and tensor.requires_grad and not self._is_watching:
+            self._is_watching = True
+            tensor.register_hook(self._note_arrival)
 
     def _note_arrival(self, gradient: Tensor) -> None:
         """The last moment at which all ranks can leave backward together."""
@@ -157,12 +202,16 @@ class Zero2Engine:
             raise MemoryRanOutError("on another rank")
         self.gradient_arrived = True
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, closes_update: bool = True) -> None:
         """Back-propagate a scalar loss.
 
-        When the gradient comes to the module, ranks agree that all have got so far; one whose memory ran out before
-        makes all leave, with nothing added up or exchanged: the micro-step may be done again. After that buckets are
-        being reduced, and a rank that left would keep the others waiting.
+        When the gradient comes to what is watched, ranks agree that all have got so far; one whose memory ran out
+        before makes all leave, with nothing added up or exchanged: the micro-step may be done again. After that buckets
+        are being reduced, and a rank that left would keep the others waiting.
+
+        Args:
+            loss: its gradient is added to those since the last update.
+            closes_update: whether the next `step` updates the weights.
 
         Raises:
             MemoryRanOutError: on every rank, if memory ran out on one before the gradient arrived.
@@ -170,41 +219,49 @@ class Zero2Engine:
         """
         if self._awaits_step:
             raise RuntimeError("backward was called twice in one micro-step; call step() after each backward")
+        self._closes = closes_update
+        self._engine.set_gradient_accumulation_boundary(closes_update)
         try:
-            self._engine.backward(loss)
+            self._engine.backward(loss, scale_wrt_gas=False)
         except RuntimeError as error:
-            if self.gradient_arrived or not self._watched or not is_out_of_memory(error):
+            if self.gradient_arrived or not self._is_watching or not is_out_of_memory(error):
                 raise
             agree([True])
             raise MemoryRanOutError(str(error).splitlines()[0]) from error
+        finally:
+            self._is_watching = False
         self._awaits_step = True
 
     def step(self) -> StepResult:
-        """End the micro-step; update the weights if it was the last one of an accumulation."""
+        """End the micro-step; update the weights if its loss closes an update."""
         if not self._awaits_step:
             raise RuntimeError("step needs a backward before it")
         self._awaits_step = False
         lr = self.lr
-        due = self._engine.is_gradient_accumulation_boundary()
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(self._zero.optimizer.param_groups, lr.values(), strict=True):
+            group["lr"] = rate
         self._engine.step()
-        if not due:
+        if not self._closes:
             return StepResult(took_step=False, skipped=False, grad_norm=None, lr=lr)
         if not self._engine.was_step_applied():
             return StepResult(took_step=False, skipped=True, grad_norm=None, lr=lr)
         self._updates += 1
+        averages.update_averages(self._zero.optimizer, self._decays, num_updates=self._updates)
         return StepResult(took_step=True, skipped=False, grad_norm=float(self._engine.get_global_grad_norm()), lr=lr)
 
     @property
-    def lr(self) -> float:
-        """Learning rate of the next update."""
-        return lr_at(self._updates, **self._schedule)
+    def lr(self) -> dict[str, float]:
+        """Learning rate of the next update, by parameter group."""
+        return {group.name: lr_at(self._updates, peak=group.learning_rate, **self._schedule) for group in self._groups}
 
     @property
     def num_updates(self) -> int:
         """Updates applied so far; skipped ones do not count."""
         return self._updates
+
+    @property
+    def _decays(self) -> list[float]:
+        return [group.ema_decay for group in self._groups]
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> trained parameter, whole on every rank."""
@@ -217,7 +274,7 @@ class Zero2Engine:
         """
         from deepspeed.utils import safe_get_full_grad
 
-        if not self._awaits_step or not self._engine.is_gradient_accumulation_boundary():
+        if not self._awaits_step or not self._closes:
             raise RuntimeError("gradients are whole only between the last backward of an update and its step")
         return {name: safe_get_full_grad(param) for name, param in self._parameters.items()}
 
@@ -229,25 +286,56 @@ class Zero2Engine:
             norms[group] = math.hypot(norms.get(group, 0.0), float(gradient.norm()))
         return norms
 
+    def masters(self) -> dict[str, Tensor]:
+        """Name -> what this rank has of the parameter's float32 master, a flat copy on the CPU; empty if nothing."""
+        return {name: self._fragment(param).detach().cpu().clone() for name, param in self._parameters.items()}
+
     def group_changes(self, before: Mapping[str, Tensor]) -> dict[str, float]:
-        """`parameter_group` -> largest absolute change of a weight since ``before`` (clones of the parameters)."""
+        """`parameter_group` -> largest absolute change of a master weight since `masters` gave ``before``.
+
+        Of this rank's share: zero where it has nothing of a group.
+        """
         changes: dict[str, float] = {}
-        for name, param in self._parameters.items():
-            change = float((param.detach() - before[name].to(param.device)).abs().max())
+        for name, now in self.masters().items():
+            change = float((now - before[name]).abs().max()) if now.numel() else 0.0
             changes[parameter_group(name)] = max(changes.get(parameter_group(name), 0.0), change)
         return changes
+
+    def _fragment(self, param: Any) -> Tensor:
+        mapping = param._hp_mapping
+        return torch.empty(0) if mapping is None else mapping.get_hp_fragment()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages in the weights' places, for an evaluation or an export. Collective; no update inside.
+
+        Parameters without an average stay as they are.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        swapped = [param for group in self._groups if group.ema_decay for param in group.parameters.values()]
+        with torch.no_grad():
+            for param in swapped:
+                param.copy_(safe_get_full_optimizer_state(param, averages.NAME))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param in swapped:
+                    param.copy_(safe_get_full_fp32_param(param))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training goes on from, consolidated: float32 CPU copies, the same at any world size.
 
-        Keys: ``param.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``step`` (updates, int64). Collective.
+        Keys: ``param.<name>``, ``exp_avg.<name>``, ``exp_avg_sq.<name>``, ``ema.<name>`` where there is an average, and
+        ``step`` (updates, int64). Collective.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state = {"step": torch.tensor(self._updates, dtype=torch.int64)}
         for name, param in self._parameters.items():
             state[f"param.{name}"] = safe_get_full_fp32_param(param).cpu().contiguous()
-            for moment in _MOMENTS:
+            for moment in self._kept(name):
                 state[f"{moment}.{name}"] = safe_get_full_optimizer_state(param, moment).cpu().contiguous()
         return state
 
@@ -264,7 +352,7 @@ class Zero2Engine:
         for name, param in self._parameters.items():
             param.copy_(state[f"param.{name}"])
             safe_set_full_fp32_param(param, state[f"param.{name}"])
-            for moment in _MOMENTS:
+            for moment in self._kept(name):
                 safe_set_full_optimizer_state(param, state[f"{moment}.{name}"], moment)
         self._set_updates(int(state["step"]))
 
@@ -274,7 +362,7 @@ class Zero2Engine:
 
     def _check_fits(self, state: Mapping[str, Tensor]) -> None:
         shapes = {f"{kind}.{name}": param.shape for name, param in self._parameters.items()
-                  for kind in ("param", *_MOMENTS)} | {"step": torch.Size([])}  # fmt: skip
+                  for kind in ("param", *self._kept(name))} | {"step": torch.Size([])}  # fmt: skip
         for name in sorted(shapes.keys() ^ state.keys()):
             raise UserError(
                 f"the checkpoint is of another model: {name} is {'missing' if name in shapes else 'unknown'}"
@@ -284,6 +372,19 @@ class Zero2Engine:
                 raise UserError(
                     f"the checkpoint is of another model: {name} must be {tuple(shape)}, got {tuple(state[name].shape)}"
                 )
+
+    def _kept(self, name: str) -> tuple[str, ...]:
+        """What the optimiser's state has of a parameter."""
+        averaged = any(name in group.parameters for group in self._groups if group.ema_decay)
+        return (*_MOMENTS, averages.NAME) if averaged else _MOMENTS
+
+    def _set_masters(self, exact: MutableMapping[str, Tensor]) -> None:
+        """Give masters of bfloat16 weights the values that the weights were rounded from."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name in list(exact):
+            param = self._parameters[name]
+            safe_set_full_fp32_param(param, exact.pop(name).to(param.device, torch.float32))
 
     def _make_moments(self) -> None:
         """AdamW makes its moments in its first step: take one now, with zero gradient and rate, and uncount it."""
@@ -296,9 +397,17 @@ class Zero2Engine:
             self._zero._optimizer_step(index)
             group.update(kept[index])
             master.grad = gradient
+        averages.add_averages(self._zero.optimizer, self._decays)
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
         self._set_updates(0)
 
     def _set_updates(self, updates: int) -> None:
         self._updates = updates
         for moments in self._zero.optimizer.state.values():
             moments["step"].fill_(updates)
+
+
+def _one_group(module: nn.Module, *, learning_rate: float) -> list[ParameterGroup]:
+    parameters = {name: param for name, param in module.named_parameters() if param.requires_grad}
+    return [ParameterGroup(name="all", parameters=parameters, learning_rate=learning_rate)]

@@ -36,7 +36,10 @@ class Components:
     pixels_per_latent: int
 
 
-def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.device, resolution: int = 0) -> Components:
+def load_components(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device, resolution: int = 0,
+    unet_dtype: torch.dtype | None = None,
+) -> Components:  # fmt: skip
     """Load every part from ``path``, a folder or a hub id.
 
     Args:
@@ -44,6 +47,7 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
         dtype: of UNet and VAE; the text encoder is float32, because it will be trained.
         device: where the parts go.
         resolution: width and height of the pictures, pixels; 0 = the UNet's own.
+        unet_dtype: of the UNet, where it is to be another one, for training; None = ``dtype``.
 
     Raises:
         UserError: no such folder, a part missing or corrupt, weights that do not match the architecture, a pickle that
@@ -54,7 +58,7 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
 
     folder = _local_folder(str(path))
     _check_layout(folder)
-    unet = _load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
+    unet = _load(UNet2DConditionModel, folder / "unet", torch_dtype=unet_dtype or dtype)
     vae = _load(AutoencoderKL, folder / "vae", torch_dtype=dtype)
     text_encoder = _load(CLIPTextModel, folder / "text_encoder", dtype=torch.float32)
     try:
@@ -62,10 +66,10 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
         config = DDIMScheduler.load_config(folder / "scheduler")
         scheduler = DDIMScheduler.from_config(config, clip_sample=False)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"model.path: cannot load tokenizer or scheduler of {folder}: {_first_line(error)}") from error
+        raise UserError(f"path: cannot load tokenizer or scheduler of {folder}: {_first_line(error)}") from error
     for key in ("clip_sample", "thresholding"):
         if config.get(key):
-            raise UserError(f"model.path: a scheduler with {key} = true is not supported")
+            raise UserError(f"path: a scheduler with {key} = true is not supported")
     for module in (unet, vae):
         freeze(module).to(device)
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -75,7 +79,7 @@ def load_components(path: str | Path, *, dtype: torch.dtype, device: torch.devic
     size = latent_size(resolution, factor, unet.config.sample_size)
     if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
         raise UserError(
-            f"model.path: the UNet reads text of width {unet.config.cross_attention_dim}, the text encoder gives "
+            f"path: the UNet reads text of width {unet.config.cross_attention_dim}, the text encoder gives "
             f"{text_encoder.config.hidden_size}"
         )
     return Components(
@@ -102,12 +106,12 @@ def load_skeletons(folder: str | Path) -> tuple[Any, Any]:
     parts = []
     for cls, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
         if not (folder / name / "config.json").is_file():
-            raise UserError(f"--model: {folder} has no {name}/config.json")
+            raise UserError(f"{folder} has no {name}/config.json")
         try:
             with torch.device("meta"):
                 parts.append(freeze(cls.from_config(cls.load_config(folder / name))))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"--model: cannot build {folder / name}: {_first_line(error)}") from error
+            raise UserError(f"cannot build {folder / name}: {_first_line(error)}") from error
     return parts[0], parts[1]
 
 
@@ -144,7 +148,7 @@ def latent_size(resolution: int, factor: int, sample_size: int) -> int:
     if not resolution:
         return int(sample_size)
     if resolution % (8 * factor):
-        raise UserError(f"model.resolution must be a multiple of {8 * factor}, got {resolution}")
+        raise UserError(f"resolution must be a multiple of {8 * factor}, got {resolution}")
     return resolution // factor
 
 
@@ -159,7 +163,7 @@ def _local_folder(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path: expected a model folder or a hub id 'owner/name', got {path!r}")
+        raise UserError(f"path: expected a model folder or a hub id 'owner/name', got {path!r}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -171,7 +175,7 @@ def _local_folder(path: str) -> Path:
             )
         )
     except Exception as error:  # the hub client's errors share no base class
-        raise UserError(f"model.path: no folder {path!r}, and the hub gave: {_first_line(error)}") from error
+        raise UserError(f"path: no folder {path!r}, and the hub gave: {_first_line(error)}") from error
 
 
 def _check_layout(folder: Path) -> None:
@@ -179,16 +183,16 @@ def _check_layout(folder: Path) -> None:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"model.path: {folder} has no readable model_index.json ({error.strerror})") from error
+        raise UserError(f"path: {folder} has no readable model_index.json ({error.strerror})") from error
     except ValueError as error:
-        raise UserError(f"model.path: {index} is not JSON: {error}") from error
+        raise UserError(f"path: {index} is not JSON: {error}") from error
     if "text_encoder_2" in names or "text_encoder" not in names or "unet" not in names:
         raise UserError(
-            f"model.path: expected a Stable Diffusion 1.x or 2.x folder, got {names.get('_class_name', 'unknown')!r}"
+            f"path: expected a Stable Diffusion 1.x or 2.x folder, got {names.get('_class_name', 'unknown')!r}"
         )
     for part in PARTS:
         if not (folder / part).is_dir():
-            raise UserError(f"model.path: {folder} lacks the folder {part!r}")
+            raise UserError(f"path: {folder} lacks the folder {part!r}")
 
 
 def _load(cls: Any, folder: Path, **kwargs: Any) -> Any:
@@ -196,12 +200,12 @@ def _load(cls: Any, folder: Path, **kwargs: Any) -> Any:
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **kwargs)
     except Exception as error:  # safetensors, pickle, OS and shape errors share no base class
-        raise UserError(f"model.path: cannot load {folder}: {_first_line(error)}") from error
+        raise UserError(f"path: cannot load {folder}: {_first_line(error)}") from error
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     foreign = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
     if missing or foreign or info.get("mismatched_keys"):
         raise UserError(
-            f"model.path: weights in {folder} do not match the architecture: {len(missing)} missing "
+            f"path: weights in {folder} do not match the architecture: {len(missing)} missing "
             f"{sorted(missing)[:3]}, {len(foreign)} unexpected {sorted(foreign)[:3]}"
         )
     return model

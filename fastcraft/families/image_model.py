@@ -1,4 +1,4 @@
-"""The frozen half of the program: UNet, sampler and VAE as one object that turns text keys into pictures."""
+"""A text-to-image model as an objective sees it: text encoders, denoiser, sampler and VAE behind a handful of calls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.diffusion.decode import decode
-from fastcraft.diffusion.text_kv import project_text
+from fastcraft.diffusion.network import Network
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.memory.plan import KEEP, CheckpointPlan
-from fastcraft.records import PromptEmbeds, TextKV, Trajectory
+from fastcraft.records import PromptEmbeds, Trajectory
+from fastcraft.text.prompt_encoder import By, PromptEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageModel:
-    """Frozen UNet (prepared by `use_text_kv`) and VAE, with the sampler that drives them.
+    """Prompts and seeds to pictures, in steps that an objective can take one by one.
 
-    ``straight_through_clamp`` changes the gradient, see `decode`. ``on_step`` is called before every denoising step and
-    may raise to leave the loop.
+    ``text`` may be None where conditionings are made from given embeddings. ``straight_through_clamp`` changes the
+    gradient, see `decode`. ``on_step`` is called before every denoising step and may raise to leave the loop.
     """
 
-    unet: Any
+    text: PromptEncoder | None = None
+    network: Network
     vae: Any
     sampler: Any
     guidance_scale: float
@@ -31,9 +34,14 @@ class ImageModel:
     straight_through_clamp: bool = False
     on_step: Callable[[], None] | None = None
 
-    def text_kv(self, embeds: PromptEmbeds) -> TextKV:
-        """Keys and values of every cross-attention layer, once per prompt."""
-        return project_text(self.unet, embeds.cond, embeds.uncond)
+    def encode(self, prompts: Sequence[str], *, by: By = "trained") -> PromptEmbeds:
+        """Embeddings of B prompts by the trained encoder (with gradient where it is enabled) or the original one."""
+        assert self.text is not None, "this model was built without text encoders"
+        return self.text.encode(prompts, by=by)
+
+    def condition(self, embeds: PromptEmbeds) -> Conditioning:
+        """What the denoiser reads at every step, once per prompt."""
+        return self.network.condition(embeds)
 
     def noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[Tensor] | None]:
         """Initial latents ``(B, C, h, w)`` float32, and one more draw per step when the sampler is stochastic.
@@ -49,12 +57,24 @@ class ImageModel:
         latents = draw()
         return latents, [draw() for _ in self.sampler.timesteps] if self.sampler.needs_noise else None
 
+    def prefix(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        *,
+        num_steps: int,
+        noises: list[Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """The latents after the first ``num_steps`` steps, without gradient."""
+        trajectory, plan = Trajectory(num_steps=num_steps), CheckpointPlan(steps=())
+        return self.denoise(latents, conditioning, trajectory=trajectory, plan=plan, noises=noises, start=start)
+
     def denoise(
         self,
         latents: Tensor,
+        conditioning: Conditioning,
         *,
-        text_kv: TextKV,
-        prefix_kv: TextKV,
         trajectory: Trajectory,
         plan: CheckpointPlan,
         noises: list[Tensor] | None = None,
@@ -62,11 +82,10 @@ class ImageModel:
     ) -> Tensor:
         """See `fastcraft.diffusion.unroll.denoise`."""
         return denoise(
-            self.unet,
+            self.network,
             latents,
+            conditioning,
             sampler=self.sampler,
-            text_kv=text_kv,
-            prefix_kv=prefix_kv,
             guidance_scale=self.guidance_scale,
             trajectory=trajectory,
             plan=plan,
@@ -75,21 +94,8 @@ class ImageModel:
             on_step=self.on_step,
         )
 
-    def prefix(
-        self, latents: Tensor, *, prefix_kv: TextKV, num_steps: int, noises: list[Tensor] | None = None
-    ) -> Tensor:
-        """The latents after the first ``num_steps`` steps, without gradient."""
-        return self.denoise(
-            latents,
-            text_kv=prefix_kv,
-            prefix_kv=prefix_kv,
-            trajectory=Trajectory(num_steps=num_steps),
-            plan=CheckpointPlan(steps=()),
-            noises=noises,
-        )
-
-    def decode(self, latents: Tensor, plan: CheckpointPlan) -> Tensor:
-        """See `fastcraft.diffusion.decode.decode`."""
+    def to_images(self, latents: Tensor, plan: CheckpointPlan) -> Tensor:
+        """Pictures ``(B, 3, H, W)`` float32 in [0, 1]; see `fastcraft.diffusion.decode.decode`."""
         return decode(self.vae, latents, plan, straight_through=self.straight_through_clamp)
 
     @torch.no_grad()
@@ -115,15 +121,9 @@ class ImageModel:
             ``(B, 3, H, W)`` float32 in [0, 1].
         """
         latents, noises = self.noise(seeds)
-        total = len(self.sampler.timesteps)
-        steps = tuple(range(total - (trained_steps or total), total))
-        text_kv = self.text_kv(embeds)
-        latents = self.denoise(
-            latents,
-            text_kv=text_kv,
-            prefix_kv=text_kv if prefix is None else self.text_kv(prefix),
-            trajectory=Trajectory(num_steps=total, grad_steps=steps),
-            plan=CheckpointPlan(steps=(KEEP,) * len(steps), decode=KEEP),
-            noises=noises,
-        )
-        return self.decode(latents, CheckpointPlan(steps=(), decode=KEEP, decode_micro_batch=decode_micro_batch))
+        total, first = len(self.sampler.timesteps), 0
+        if prefix is not None and trained_steps:
+            first = total - trained_steps
+            latents = self.prefix(latents, self.condition(prefix), num_steps=first, noises=noises)
+        latents = self.prefix(latents, self.condition(embeds), num_steps=total, noises=noises, start=first)
+        return self.to_images(latents, CheckpointPlan(steps=(), decode=KEEP, decode_micro_batch=decode_micro_batch))

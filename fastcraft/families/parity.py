@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastcraft.diffusion.acceleration import AcceleratedUNet
+from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.errors import UserError
 from fastcraft.families.image_model import ImageModel
 from fastcraft.memory.plan import RECOMPUTE, CheckpointPlan
-from fastcraft.records import PromptEmbeds, TextKV, Trajectory
+from fastcraft.records import PromptEmbeds, TextEmbeds, Trajectory
 from fastcraft_kernels.backend import use_backend
 
 TIMES_EAGER = 3.0
@@ -58,49 +59,51 @@ class Probe:
         """
         rows = rows or range(self.batch_size)
         guidance = 1.0 if self.model.guidance_scale == 1 else GENTLE_GUIDANCE
-        model = replace(self.model, unet=unet, guidance_scale=guidance, on_step=None)
+        network = self.model.network.using(unet)
+        model = replace(self.model, network=network, guidance_scale=guidance, on_step=None)
         depth = min(_MAX_STEPS, len(self.plan.steps))
         num_free = self.trajectory.num_steps - len(self.plan.steps)
         frozen = min(1, num_free)
         last = self.trajectory.num_steps - num_free // 3  # elsewhere x0 hangs on the prediction too much or too little
         first, options = last - depth, replace(self.trajectory, predict_original=True, row_starts=())
         latents, noises = model.noise([self.seed * self.batch_size + row for row in rows])
-        text_kv = self._text_kv(unet.dtype, rows)
-        inputs: dict[str, Any] = {
-            "text_kv": text_kv,
-            "prefix_kv": text_kv.detach(),
-            "noises": noises,
-            "start": first - frozen,
-        }
+        conditioning = self._conditioning(unet.dtype, rows)
         found = {}
         if frozen:
             ended = replace(options, num_steps=first, grad_steps=())
-            prefix = model.denoise(latents, trajectory=ended, plan=CheckpointPlan(steps=()), **inputs)
-            found["prefix"] = prefix.clone()
+            latents = model.denoise(
+                latents, conditioning.detach(), trajectory=ended, plan=CheckpointPlan(steps=()), noises=noises,
+                start=first - frozen,
+            )  # fmt: skip
+            found["prefix"] = latents.clone()
         end = model.denoise(
             latents,
+            conditioning,
             trajectory=replace(options, num_steps=last, grad_steps=tuple(range(first, last))),
             plan=CheckpointPlan(steps=self.plan.steps[-depth:], segments=(depth,) if self.plan.segments else ()),
-            **inputs,
+            noises=noises,
+            start=first,
         )
         found["step"] = end.detach()
         cotangents = torch.randn(self.batch_size, *end.shape[1:], generator=torch.Generator().manual_seed(1))
         cotangent = cotangents[rows.start : rows.stop].to(end)
-        wanted = [tensor for tensor in text_kv.flat() if tensor.requires_grad]
+        wanted = [tensor for tensor in conditioning.flat() if tensor.requires_grad]
         grads = torch.autograd.grad((end * cotangent).sum(), wanted)
         return found | {f"gradient {number}": grad for number, grad in enumerate(grads)}
 
-    def _text_kv(self, dtype: torch.dtype, rows: range) -> TextKV:
+    def _conditioning(self, dtype: torch.dtype, rows: range) -> Conditioning:
         """Leaves; rounded as in the model's own dtype, whatever dtype they are given in."""
-        generator, width = torch.Generator().manual_seed(self.seed), self.model.unet.config.cross_attention_dim
+        generator, width = (
+            torch.Generator().manual_seed(self.seed),
+            self.model.network.module.config.cross_attention_dim,
+        )
         uncond, cond = (
             torch.randn(n, TEXT_LENGTH, width, generator=generator).to(self.model.device) for n in (1, self.batch_size)
         )
         cond = cond[rows.start : rows.stop].requires_grad_()
         guided = self.model.guidance_scale != 1
-        projected = self.model.text_kv(
-            PromptEmbeds(cond=cond, uncond=uncond.requires_grad_(self.uncond_trained) if guided else None)
-        )
+        empty = TextEmbeds(sequence=uncond.requires_grad_(self.uncond_trained)) if guided else None
+        projected = self.model.condition(PromptEmbeds(cond=TextEmbeds(sequence=cond), uncond=empty))
         return projected.unflatten(
             [tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in projected.flat()]
         )
@@ -125,7 +128,7 @@ def accelerate(
     """
     switches = {"compile": compile, "cuda_graphs": cuda_graphs}
     named = " and ".join(f"kernels.{key} = {value!r}" for key, value in switches.items() if value != "none")
-    unet, began = probe.model.unet, time.perf_counter()
+    unet, began = probe.model.network.module, time.perf_counter()
     eager, own = probe.run(unet), _eager_and_truth(probe)
     try:
         fast = make(unet, **switches)
@@ -167,7 +170,7 @@ def _eager_and_truth(probe: Probe) -> tuple[dict[str, Tensor], dict[str, Tensor]
     The samples are those that are checked, since some are harder than others; half of them at a time, so that the wider
     copy takes no more memory. A name has the numbers of both halves, one after the other.
     """
-    unet, steps = probe.model.unet, (RECOMPUTE,) * len(probe.plan.steps)
+    unet, steps = probe.model.network.module, (RECOMPUTE,) * len(probe.plan.steps)
     probe = replace(probe, plan=CheckpointPlan(steps=steps))
     middle = probe.batch_size // 2
     halves = [range(middle), range(middle, probe.batch_size)] if middle else [range(1)]

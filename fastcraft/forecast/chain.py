@@ -49,7 +49,7 @@ class ChainPeak:
         for index in {0, turn, max(0, last - 1), last}:
             (_, extra), (_, first_extra), forward = self._costs[steps[index]]
             before = saved(index - 1) if index else 0
-            grads = self.kv if index < last else 0
+            grads = self.estimate.weight_gradient_bytes + (self.kv if index < last else 0)
             backward = saved(index) + (extra if index else first_extra) + grads
             peak = max(peak, self.text + before + forward, self.text + backward)
         return peak, saved(last)

@@ -85,25 +85,41 @@ def work_seconds(work: Work, card: Card, *, dtype: str, samples: int) -> float:
     return max(device, host, copies) if card.asynchronous else device + host
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainedBytes:
+    """Trained parameters of one part: how many, bytes of each, and of how many an average is kept."""
+
+    num_parameters: int
+    itemsize: int = 4
+    num_averaged: int = 0
+
+
 def static_bytes(
-    *, frozen: Mapping[str, int], num_trained: int, world_size: int = 1, max_bucket: int
+    *, frozen: Mapping[str, int], trained: Mapping[str, TrainedBytes], world_size: int = 1, max_bucket: int
 ) -> tuple[dict[str, int], int]:
-    """(bytes by kind that stay, bytes while the optimiser runs) under ZeRO-2 with float32 parameters.
+    """(bytes by kind that stay, bytes while the optimiser runs) under ZeRO-2.
+
+    Every rank has the weights; masters, moments and averages are float32 and shared. While the optimiser runs, so are
+    the gradients: float32 ones twice, for DeepSpeed flattens them once more; those of bfloat16 weights once.
 
     Args:
         frozen: bytes by kind of what is not trained, and of untrained parts of the trained module.
-        num_trained: trained parameters.
-        world_size: ranks that share masters, moments and gradients.
+        trained: by part.
+        world_size: ranks that share.
         max_bucket: elements of the largest reduction bucket.
     """
-    shard = math.ceil(4 * num_trained / world_size)
+    total = sum(part.num_parameters for part in trained.values())
+    itemsize = max((part.itemsize for part in trained.values()), default=4)
+    shard = math.ceil(4 * total / world_size)
+    averages = math.ceil(4 * sum(part.num_averaged for part in trained.values()) / world_size)
     kinds = {
         **frozen,
-        "trained weights": 4 * num_trained,
+        **{f"trained weights, {name}": part.itemsize * part.num_parameters for name, part in trained.items()},
         "masters and moments": 3 * shard,
-        "gradient bucket": 4 * min(num_trained, max_bucket),
+        **({"averages": averages} if averages else {}),
+        "gradient bucket": itemsize * min(total, max_bucket),
     }
-    return kinds, 2 * shard
+    return kinds, (2 if itemsize == 4 else 1) * shard
 
 
 def measure(run: Callable[[int], tuple[Tensor, ...]], *, weights: Iterable[Tensor], backward: bool = True) -> Cost:
@@ -178,7 +194,8 @@ def _measure_once(
             return held, forward_peak, 0, forward, Work(ops={})
         tracker.restart()
         roots = [output for output in outputs if output.requires_grad]
-        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
         return held, forward_peak, tracker.peak - held, forward, tracker.work()
 
 

@@ -66,6 +66,7 @@ class StepEstimate:
         prefix: one step without gradient.
         steps: by treatment, one step with gradient.
         heads: by the decode's treatment, decode and rewards.
+        weight_gradient_bytes: gradients of a trained UNet, which all steps add to during the chain's backward.
     """
 
     model: str
@@ -79,6 +80,7 @@ class StepEstimate:
     prefix: Cost
     steps: Mapping[str, Cost]
     heads: Mapping[str, Cost]
+    weight_gradient_bytes: int = 0
 
     @property
     def attention(self) -> tuple[str, ...]:
@@ -205,7 +207,7 @@ class StepEstimate:
         before = 0
         for index, ((name, cost), (held, extra)) in enumerate(zip(regions, saved, strict=True)):
             number = f"step {index + 1} of {len(regions)} ({name})"
-            grads = kv if index < len(regions) - 1 else 0
+            grads = self.weight_gradient_bytes + (kv if index < len(regions) - 1 else 0)
             moments.append((f"forward of {number}", text, before, cost.forward_peak.at(batch), 0))
             moments.append((f"backward of {number}", text, before + held, extra, grads))
             before += held

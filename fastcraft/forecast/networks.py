@@ -1,17 +1,18 @@
 """The networks that a forecast is about: those of a run, or those of a configuration without weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.families.components import Components, empty_networks, freeze, latent_size
+from fastcraft.families.unet import use_text_kv
 from fastcraft.records import RewardOutput
 from fastcraft.rewards.preprocess import resize_normalize
 from fastcraft.text.encoder import TextEncoder
+from fastcraft.trained.trained_set import TrainedSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,22 @@ class Networks:
     name: str
     unet: Any
     vae: Any
-    text_encoders: Sequence[TextEncoder]
+    text_encoders: Sequence[Any]
     rewards: nn.Module
     latent_shape: tuple[int, int, int]
     pixels_per_latent: int
     dtype: torch.dtype
     text_length: int = 77
+    text_copies: int = 1
+    """Frozen copies of the text encoders from before training, in ``dtype``."""
+
+    num_averaged: Mapping[str, int] = field(default_factory=dict)
+    """By part, trained parameters of which an average is kept."""
+
+    @property
+    def trains_unet(self) -> bool:
+        """Whether a weight of the UNet requires gradient."""
+        return any(parameter.requires_grad for parameter in self.unet.parameters())
 
 
 class TowerRewards(nn.Module):
@@ -87,10 +98,14 @@ def networks_from_configs(
     )  # fmt: skip
 
 
-def networks_of(components: Components, trained: TextEncoder, rewards: nn.Module, *, name: str) -> Networks:
+def networks_of(components: Components, trained: TrainedSet, rewards: nn.Module, *, name: str) -> Networks:
     """The networks of a run."""
+    text = trained.parts["text"]
     return Networks(
-        name=name, unet=components.unet, vae=components.vae, text_encoders=[trained], rewards=rewards,
+        name=name, unet=components.unet, vae=components.vae, text_encoders=[text.module], rewards=rewards,
+        text_copies=int(text.original is not None),
+        num_averaged={part.name: sum(p.numel() for _, p in part.parameters()) if part.ema_decay else 0
+                      for part in trained.trained_parts()},
         latent_shape=components.latent_shape, pixels_per_latent=components.pixels_per_latent,
         dtype=components.unet.dtype, text_length=components.tokenizer.model_max_length,
     )  # fmt: skip

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.samplers.ddim import DDIMSampler
 from fastcraft.diffusion.schedule import NoiseSchedule
-from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.unroll import denoise
-from fastcraft.forecast.cost import Cost, Line, measure, measure_step, offloaded, static_bytes
+from fastcraft.families.unet import UNetNetwork
+from fastcraft.forecast.cost import Cost, Line, TrainedBytes, measure, measure_step, offloaded, static_bytes
 from fastcraft.forecast.estimate import StepEstimate
 from fastcraft.forecast.networks import Networks
 from fastcraft.forecast.tracker import Work, bytes_of
 from fastcraft.memory.plan import KEEP, OFFLOAD, RECOMPUTE, RECOMPUTE_BLOCKS, SAC, CheckpointPlan, treatment_ops
-from fastcraft.records import TextKV, Trajectory
+from fastcraft.records import PromptEmbeds, TextEmbeds, Trajectory
 from fastcraft.rewards.mix import WeightedRewards
 
 TREATMENTS = (
@@ -68,6 +69,7 @@ class _Forecast:
         self.unet, self.vae, self.rewards = (
             hollow(module, device) for module in (networks.unet, networks.vae, networks.rewards)
         )
+        self.network = UNetNetwork(module=self.unet)
         if isinstance(self.rewards, WeightedRewards):
             keep_differentiable(self.rewards)
         schedule = NoiseSchedule(alphas_cumprod=(0.9, 0.8, 0.7), final_alpha_cumprod=1.0)
@@ -78,8 +80,8 @@ class _Forecast:
         networks = self.networks
         text, kv = self._text(uncond_trained), measure(self._keys, weights=self.weights)
         flat = tuple(t.detach().requires_grad_() for t in self._keys(1))
-        keys = self._text_kv(flat)
-        weights = [*self.weights, *flat]
+        keys = self._conditioning(flat)
+        weights = [*self.weights, *flat, *self._gradients_of_weights()]
         latents = torch.empty((1, *networks.latent_shape), device=self.device)
 
         def step(treatment: str | None, latents: Tensor) -> Tensor:
@@ -87,12 +89,12 @@ class _Forecast:
             for t in flat:
                 t.grad = None
             return denoise(
-                self.unet, latents, sampler=self.sampler, text_kv=keys, prefix_kv=keys,
+                self.network, latents, keys, sampler=self.sampler,
                 guidance_scale=2.0 if self.guided else 1.0, trajectory=Trajectory(num_steps=1, grad_steps=grads),
                 plan=CheckpointPlan(steps=() if treatment is None else (treatment,)),
             )  # fmt: skip
 
-        static, update = self._static(world_size)
+        static, update, weight_gradients = self._static(world_size)
         return StepEstimate(
             model=networks.name,
             dtype=str(networks.dtype).removeprefix("torch."),
@@ -102,6 +104,7 @@ class _Forecast:
             update_bytes=update,
             text=_join(text, kv),
             kv_bytes=Line(each=sum(t.nbytes for t in flat)),
+            weight_gradient_bytes=weight_gradients,
             prefix=measure_step(lambda x: step(None, x), latents, weights=weights, backward=False),
             steps=self._steps(lambda name: measure_step(lambda x: step(name, x), latents, weights=weights), treatments),
             heads={
@@ -123,10 +126,17 @@ class _Forecast:
             for name in treatments
         }
 
-    def _text_kv(self, flat: Sequence[Tensor]) -> TextKV:
+    def _gradients_of_weights(self) -> list[Tensor]:
+        """Where all steps add what they send to a trained UNet's weights: there from the first backward to the last."""
+        trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        return [parameter.grad for parameter in trained if parameter.grad is not None]
+
+    def _conditioning(self, flat: Sequence[Tensor]) -> Conditioning:
         names = [name.removesuffix(".processor") for name in self.unet.attn_processors]
         layers = [name for name in names if self.unet.get_submodule(name).is_cross_attention]
-        return TextKV(layers=dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True)))
+        return Conditioning(layers=dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True)))
 
     def _keys(self, samples: int) -> tuple[Tensor, ...]:
         """Keys and values of the trained encoder, with gradient."""
@@ -134,7 +144,10 @@ class _Forecast:
         shape = (samples, self.networks.text_length, width)
         cond = torch.empty(shape, device=self.device, dtype=dtype, requires_grad=True)
         uncond = torch.empty((1, *shape[1:]), device=self.device, dtype=dtype, requires_grad=True)
-        return tuple(project_text(self.unet, cond, uncond if self.guided else None).flat())
+        prompts = PromptEmbeds(
+            cond=TextEmbeds(sequence=cond), uncond=TextEmbeds(sequence=uncond) if self.guided else None
+        )
+        return tuple(self.network.condition(prompts).flat())
 
     def _head(self, samples: int, treatment: str) -> tuple[Tensor, ...]:
         latents = torch.empty((samples, *self.networks.latent_shape), device=self.device, requires_grad=True)
@@ -157,22 +170,33 @@ class _Forecast:
 
             return measure(encode, weights=[t for encoder in encoders for t in _tensors(encoder)])
 
-    def _static(self, world_size: int) -> tuple[dict[str, int], int]:
+    def _static(self, world_size: int) -> tuple[dict[str, int], int, int]:
+        """What is there all the time, what besides while the optimiser runs, and gradients of a trained UNet."""
         networks, size = self.networks, self.networks.dtype.itemsize
-        parameters = [p for encoder in networks.text_encoders for p in encoder.parameters()]
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        return static_bytes(
+        texts = [p for encoder in networks.text_encoders for p in encoder.parameters()]
+        parts = {"text": [p for p in texts if p.requires_grad],
+                 "unet": [p for p in networks.unet.parameters() if p.requires_grad]}  # fmt: skip
+        trained = {name: self._trained(name, parameters) for name, parameters in parts.items() if parameters}
+        frozen_unet = bytes_of(self.unet) - sum(p.nbytes for p in parts["unet"])
+        static, update = static_bytes(
             frozen={
-                "UNet": bytes_of(self.unet),
+                "UNet": frozen_unet,
                 "VAE": bytes_of(self.vae),
                 "rewards": bytes_of(self.rewards),
-                "original text encoder": size * sum(p.numel() for p in parameters),
-                "untrained text weights": 4 * sum(p.numel() for p in parameters if not p.requires_grad),
+                "original text encoder": networks.text_copies * size * sum(p.numel() for p in texts),
+                "untrained text weights": sum(p.nbytes for p in texts if not p.requires_grad),
             },
-            num_trained=trained,
+            trained=trained,
             world_size=world_size,
             max_bucket=_MAX_BUCKET,
         )
+        return static, update, sum(p.nbytes for p in parts["unet"])
+
+    def _trained(self, name: str, parameters: Sequence[Tensor]) -> TrainedBytes:
+        return TrainedBytes(
+            num_parameters=sum(p.numel() for p in parameters), itemsize=parameters[0].itemsize,
+            num_averaged=self.networks.num_averaged.get(name, 0),
+        )  # fmt: skip
 
 
 def _selected(treatment: str, cost: Cost) -> Cost:

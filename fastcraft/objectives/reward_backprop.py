@@ -10,133 +10,172 @@ DRaFT-LV's n draws the first is the trajectory's own last step. PickScore-like r
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastcraft.data.order import sample_seed
+from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.diffusion.prefix_store import Prefixes
 from fastcraft.families.image_model import ImageModel
 from fastcraft.memory.plan import CheckpointPlan
+from fastcraft.objectives.backprop_settings import BackpropSettings
 from fastcraft.objectives.head import head_first
 from fastcraft.objectives.truncation import choose_trajectory
-from fastcraft.records import LossOutput, PromptBatch, PromptEmbeds, RewardOutput, TextKV, Trajectory
-from fastcraft.text.prompt_encoder import PromptEncoder
+from fastcraft.records import Loss, PromptBatch, PromptEmbeds, RewardOutput, Trajectory
+from fastcraft.text.prompt_encoder import By
 
 _TRUNCATION_STREAM = 1
 _LOW_VARIANCE_STREAM = 1000  # noise streams of DRaFT-LV's extra draws; stream 0 is the trajectory's own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BackpropSettings:
-    """What tells the methods apart; meanings as in `fastcraft.recipe.ObjectiveConfig`."""
+class Micro:
+    """One micro-batch on its way: ``draw`` is the number of its first sample over all ranks, B its samples."""
 
-    backprop_steps: int = 5
-    truncation: str = "last"
-    truncation_std: float = 0.0
-    early_stop_steps: int = 0
-    input_grad: bool = True
-    uncond_grad: bool = True
-    prefix_encoder: str = "original"
-    low_variance_draws: int = 1
-    loss: str = "negative_reward"
-    hinge_margin: float = 2.0
-    loss_scale: float = 1.0
-    anchor_weight: float = 0.0
+    batch: PromptBatch
+    seeds: list[int]
+    trajectory: Trajectory
+    plan: CheckpointPlan
+    draw: int
 
 
 class RewardBackprop:
-    """The objective: prompts in, one loss out.
+    """The objective: one update a round, made from one loss per micro-batch.
 
     Args:
-        text: encodes prompts.
         model: makes pictures.
         rewards: (images (B, 3, H, W) in [0, 1], prompts) -> `RewardOutput`; no score may depend on another image. One
             with a ``statistics`` that is not None also takes ``update_statistics``, as `WeightedRewards`.
+        batches: number of a micro-batch's first sample, over all ranks -> this rank's `PromptBatch`.
+        samples_per_micro: samples of a micro-batch on all ranks together.
+        micro_steps: micro-batches of an update.
         make_plan: number of steps with gradient -> `CheckpointPlan`.
         settings: which method.
+        prefix_by: who conditions the steps before the first one with gradient.
         seed: of the run; noise and truncation are functions of it and of the sample's number.
         prefixes: keeps the latents of the frozen steps; only for a prefix by the original encoder that always ends at
             the same step. Its metric ``prefix_reused`` is the share of micro-batches that were found.
     """
 
+    Settings: ClassVar[type] = BackpropSettings
+    updates_per_round = 1
+
     def __init__(
         self,
-        text: PromptEncoder,
         model: ImageModel,
         *,
         rewards: Callable[[Tensor, list[str]], RewardOutput],
+        batches: Callable[[int], PromptBatch],
+        samples_per_micro: int,
         make_plan: Callable[[int], CheckpointPlan],
         settings: BackpropSettings,
         seed: int,
+        micro_steps: int = 1,
+        prefix_by: By = "original",
         prefixes: Prefixes | None = None,
     ) -> None:
-        self.text = text
         self.model = model
         self.rewards = rewards
+        self.batches = batches
+        self.samples_per_micro = samples_per_micro
         self.make_plan = make_plan
         self.settings = settings
         self.seed = seed
+        self.micro_steps = micro_steps
+        self.prefix_by = prefix_by
         self.prefixes = prefixes
+        self.samples_seen = 0
 
-    def losses(self, batch: PromptBatch, *, draw: int) -> Iterator[LossOutput]:
-        """One loss per micro-batch.
+    def round(self, number: int, *, done: int = 0) -> Iterator[Loss]:
+        """One update: a loss for each of its micro-batches from ``done`` on."""
+        for micro in range(done, self.micro_steps):
+            loss, metrics = self.step(self._micro(self.samples_seen + micro * self.samples_per_micro))
+            last = micro == self.micro_steps - 1
+            yield Loss(loss=loss, metrics=metrics, share=1 / self.micro_steps, closes_update=last)
+        self.samples_seen += self.micro_steps * self.samples_per_micro
 
-        Args:
-            batch: B prompts with their sample numbers.
-            draw: number of the micro-step's first sample, the same on every rank: seeds a truncation that the
-                micro-batch shares.
-        """
-        settings, prompts = self.settings, batch.prompts
-        trajectory = self._trajectory(draw, batch.indices)
-        plan = self.make_plan(len(trajectory.grad_steps))
-        trained = self.text.trained(prompts)
-        original = self.text.original(prompts) if settings.anchor_weight else None
-        text_kv = self.model.text_kv(trained)
-        seeds = [sample_seed(self.seed, index) for index in batch.indices]
-        latents, noises = self.model.noise(seeds)
-        first, last = trajectory.grad_steps[0], trajectory.num_steps - 1
-
-        def prefix() -> Tensor:
-            kv = self._original_kv(prompts, original) if settings.prefix_encoder == "original" else text_kv.detach()
-            return self.model.prefix(latents, prefix_kv=kv, num_steps=first, noises=noises)
-
-        finish = partial(
-            self.model.denoise, text_kv=text_kv, prefix_kv=text_kv, trajectory=trajectory, plan=plan, noises=noises
+    def step(self, micro: Micro) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch, and its metrics."""
+        model, prompts, first = self.model, micro.batch.prompts, micro.trajectory.grad_steps[0]
+        trained = model.encode(prompts, by="trained")
+        conditioning = model.condition(trained)
+        noise, noises = model.noise(micro.seeds)
+        begun, metrics = self._prefix(micro, noise, noises, conditioning)
+        latents = model.denoise(
+            begun, conditioning, trajectory=micro.trajectory, plan=micro.plan, noises=noises, start=first
         )
-        begun, metrics = self._begin(prompts, seeds, prefix)
-        ends = [finish(begun, start=first)]
-        for extra in range(1, settings.low_variance_draws):
-            fresh = [sample_seed(self.seed, index, _LOW_VARIANCE_STREAM + extra) for index in batch.indices]
-            noisy = self.model.sampler.add_noise(last, ends[0].detach(), self.model.noise(fresh)[0])
-            ends.append(finish(noisy, start=last))
-
-        loss, scores = self._head(ends, prompts, plan)
+        ends = [latents, *self._noised_again(micro, latents, conditioning)]
+        loss, scores = self._head(ends, prompts, micro.plan)
         metrics |= {f"reward/{name}": part.detach().mean() for name, part in scores.parts.items()}
         metrics["reward/total"] = scores.total.detach().mean()
-        if original is not None:
-            anchor = F.mse_loss(trained.cond.float(), original.cond.float())
-            metrics["anchor"] = anchor.detach()
-            loss = loss + settings.anchor_weight * anchor
-        yield LossOutput(loss=loss, metrics=metrics)
+        anchor, anchored = self._anchor(trained, prompts)
+        return loss if anchor is None else loss + anchor, metrics | anchored
 
-    def _begin(
-        self, prompts: list[str], seeds: list[int], prefix: Callable[[], Tensor]
+    def state_dict(self) -> dict[str, Tensor]:
+        """The number of samples that all updates so far have seen."""
+        return {"samples_seen": torch.tensor(self.samples_seen)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.samples_seen = int(state["samples_seen"])
+
+    def _micro(self, draw: int) -> Micro:
+        batch = self.batches(draw)
+        trajectory = self._trajectory(draw, batch.indices)
+        return Micro(
+            batch=batch,
+            seeds=[sample_seed(self.seed, index) for index in batch.indices],
+            trajectory=trajectory,
+            plan=self.make_plan(len(trajectory.grad_steps)),
+            draw=draw,
+        )
+
+    def _prefix(
+        self, micro: Micro, noise: Tensor, noises: list[Tensor] | None, trained: Conditioning
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The latents before the first step with gradient, from the store where there is one; its metric."""
+        num_steps, prompts = micro.trajectory.grad_steps[0], micro.batch.prompts
+
+        def make() -> Tensor:
+            conditioning = trained.detach() if self.prefix_by == "trained" else self._by_original(prompts)
+            return self.model.prefix(noise, conditioning, num_steps=num_steps, noises=noises)
+
         if self.prefixes is None:
-            return prefix(), {}
-        latents, reused = self.prefixes.fetch(prompts, seeds, prefix)
+            return make(), {}
+        latents, reused = self.prefixes.fetch(prompts, micro.seeds, make)
         device = self.model.device
         return latents.to(device), {"prefix_reused": torch.tensor(float(reused), device=device)}
 
-    def _original_kv(self, prompts: list[str], original: PromptEmbeds | None) -> TextKV:
+    def _by_original(self, prompts: list[str]) -> Conditioning:
         with torch.no_grad():
-            return self.model.text_kv(self.text.original(prompts) if original is None else original)
+            return self.model.condition(self.model.encode(prompts, by="original"))
+
+    def _noised_again(self, micro: Micro, latents: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """DRaFT-LV: the last step from fresh noisings of where it ended, one for each further draw."""
+        ends, last = [], micro.trajectory.num_steps - 1
+        for extra in range(1, self.settings.low_variance_draws):
+            seeds = [sample_seed(self.seed, index, _LOW_VARIANCE_STREAM + extra) for index in micro.batch.indices]
+            noisy = self.model.sampler.add_noise(last, latents.detach(), self.model.noise(seeds)[0])
+            noises = self.model.noise(micro.seeds)[1]
+            ends.append(
+                self.model.denoise(
+                    noisy, conditioning, trajectory=micro.trajectory, plan=micro.plan, noises=noises, start=last
+                )
+            )
+        return ends
+
+    def _anchor(self, trained: PromptEmbeds, prompts: list[str]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What holds the trained embeddings near the original ones, weighted; its metric."""
+        if not self.settings.anchor_weight:
+            return None, {}
+        original = self.model.encode(prompts, by="original")
+        distance = F.mse_loss(trained.cond.sequence.float(), original.cond.sequence.float())
+        return self.settings.anchor_weight * distance, {"anchor": distance.detach()}
 
     def _head(self, ends: list[Tensor], prompts: list[str], plan: CheckpointPlan) -> tuple[Tensor, RewardOutput]:
         """The loss over all draws, and the scores of the first one."""
@@ -147,7 +186,7 @@ class RewardBackprop:
                 head_first(
                     end,
                     prompts,
-                    decode=lambda latents: self.model.decode(latents, plan),
+                    decode=lambda latents: self.model.to_images(latents, plan),
                     rewards=self.rewards,
                     loss=lambda total: self._penalty(total).sum() * share,
                     micro_batch=micro_batch,
@@ -155,7 +194,7 @@ class RewardBackprop:
                 for end in ends
             ]
             return torch.stack([head.loss for head in heads]).sum(), heads[0].output
-        outputs = [self.rewards(self.model.decode(end, plan), prompts) for end in ends]
+        outputs = [self.rewards(self.model.to_images(end, plan), prompts) for end in ends]
         total = torch.stack([output.total for output in outputs])  # (draws, B)
         return self._penalty(total).mean() * settings.loss_scale, outputs[0]
 

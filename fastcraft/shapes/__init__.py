@@ -1,1 +1,9 @@
-"""The bundled miniature world: pictures of shapes, captions, a judge, and models small enough for a laptop."""
+"""The bundled miniature world: pictures drawn by code, captions, a judge, and a small model trained on them."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+PIPELINE = FOLDER / "weights" / "pipeline"
+"""The bundled text-to-image model, a diffusers folder."""
+REWARD = FOLDER / "weights" / "reward"
+"""The bundled CLIP and its aesthetic head."""

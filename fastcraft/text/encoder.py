@@ -1,9 +1,7 @@
-"""The text encoder: a trained copy with float32 masters beside the frozen original."""
+"""The text encoder of a model, as one module from token ids to embeddings."""
 
-import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -31,39 +29,9 @@ class TextEncoder(nn.Module):
         return hidden.unflatten(0, input_ids.shape[:2]).flatten(1, 2)
 
 
-def split_encoders(
-    model: Any,
-    *,
-    train: str,
-    dtype: torch.dtype,
-    lora_rank: int = 16,
-    lora_alpha: float = 16.0,
-    gradient_checkpointing: bool = False,
-) -> tuple[TextEncoder, TextEncoder]:
-    """The trained encoder and the frozen original, from one loaded model.
-
-    Args:
-        model: a float32 ``CLIPTextModel``; it becomes the trained one.
-        train: ``"full"`` trains every weight, ``"lora"`` adapters on the attention projections.
-        dtype: of the frozen original.
-        lora_rank: rank of the adapters.
-        lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``.
-        gradient_checkpointing: recompute the layers of the trained encoder in backward.
-
-    Returns:
-        ``(trained, original)``; ``trained`` has float32 parameters, and those that require gradient are the only ones
-        in the program that do.
-    """
-    original = copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
-    if train == "lora":
-        from fastcraft.text.lora import inject_lora
-
-        inject_lora(model, rank=lora_rank, alpha=lora_alpha)
-    else:
-        model.requires_grad_(True)
-    if gradient_checkpointing:
-        # transformers renamed this in 5.2x and warns about the old name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    model.train(gradient_checkpointing)  # CLIP has no dropout in use; checkpointing acts in train mode only
-    return TextEncoder(model), TextEncoder(original)
+def recompute_layers(model: Any) -> None:
+    """Make a ``CLIPTextModel`` recompute its layers in backward."""
+    # transformers renamed this in 5.2x and warns about the old name
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()  # CLIP has no dropout in use; checkpointing acts in train mode only

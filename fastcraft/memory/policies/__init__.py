@@ -13,7 +13,7 @@ from fastcraft.memory.plan import OFFLOAD, CheckpointPlan
 from fastcraft.registry import Registry
 
 POLICIES = Registry(
-    "memory.policy",
+    "policy",
     {
         "none": "fastcraft.memory.policies.none:KeepAll",
         "step": "fastcraft.memory.policies.step:RecomputeSteps",
@@ -24,7 +24,6 @@ POLICIES = Registry(
         "batched": "fastcraft.memory.policies.batched:BatchSteps",
         "last_k_live": "fastcraft.memory.policies.last_k_live:KeepLast",
         "plan": "fastcraft.memory.policies.explicit:ExplicitPlan",
-        "auto": "fastcraft.forecast.planner:AutoPlan",
     },
 )
 
@@ -45,10 +44,10 @@ def make_policy(name: str) -> Any:
     example = getattr(policy, "example", "")
     if not example:
         if colon:
-            raise UserError(f"memory.policy: {head!r} takes no argument, got {name!r}")
+            raise UserError(f"{head!r} takes no argument, got {name!r}")
         return policy()
     if not argument:
-        raise UserError(f"memory.policy: {head!r} needs an argument, for example {example!r}, got {name!r}")
+        raise UserError(f"{head!r} needs an argument, for example {example!r}, got {name!r}")
     return policy(argument)
 
 
@@ -71,18 +70,18 @@ def plan_maker(
     policy = make_policy(name)
     length = getattr(policy, "num_steps", backprop_steps)
     if length != backprop_steps:
-        raise UserError(f"memory.policy: the plan must name objective.backprop_steps ({backprop_steps}), got {length}")
+        raise UserError(f"the plan must name {backprop_steps} steps with gradient, got {length}")
     make: Callable[[int], CheckpointPlan] = partial(policy.plan, decode_micro_batch=decode_micro_batch)
     plan = make(backprop_steps)
     if plan.batched and input_grad:
         raise UserError(
-            f"memory.policy: {name!r} needs objective.input_grad = false: with gradient through the UNet's input every "
-            "step's backward waits for the next one's; 'step' takes as little memory"
+            f"{name!r} needs a stop-gradient on the UNet's input (input_grad = false): without one every step's "
+            "backward waits for the next one's; 'step' takes as little memory"
         )
     offloaded = [t for t in (*plan.steps, plan.decode) if t.startswith(OFFLOAD)]
     if offloaded and device_type != "cuda":
         raise UserError(
-            f"memory.policy: {offloaded[0]!r} needs a CUDA device; on a {device_type} nothing can move out of the way, "
+            f"{offloaded[0]!r} needs a CUDA device; on a {device_type} nothing can move out of the way, "
             f"and 'sac:{offloaded[0].removeprefix(OFFLOAD)}' keeps the same"
         )
     return make
@@ -95,5 +94,5 @@ def count(name: str, text: str) -> int:
         UserError: anything else.
     """
     if not (text.isdecimal() and int(text) >= 1):
-        raise UserError(f"memory.policy: {name!r} needs a number of steps, at least 1, got {text!r}")
+        raise UserError(f"{name!r} needs a number of steps, at least 1, got {text!r}")
     return int(text)

@@ -9,7 +9,7 @@ from fastcraft.memory.policies import count
 class BatchSteps:
     """As ``step``, with ``n`` steps run again and taken backward in one call of the UNet, at ``n`` times the batch.
 
-    For a stop-gradient on the UNet's input (``objective.input_grad = false``; DRTune, arXiv:2405.00760, Sec. 3): the
+    For a stop-gradient on the UNet's input (``input_grad = False``; DRTune, arXiv:2405.00760, Sec. 3): the
     steps are then independent in backward. Memory is that of ``n`` steps whatever the depth; ``batched:1`` is ``step``.
     The gradient is that of the other policies up to rounding: a larger batch adds up in another order.
 

@@ -29,7 +29,7 @@ class ExplicitPlan:
             try:
                 check_treatment(found[2] if found else item)
             except ValueError as error:
-                raise UserError(f"memory.policy: plan: {error}") from error
+                raise UserError(f"plan: {error}") from error
             assert found is not None
             treatments += [found[2]] * int(found[1] or 1)
         self.treatments = tuple(treatments)

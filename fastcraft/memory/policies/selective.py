@@ -27,7 +27,7 @@ class SaveOps:
         try:
             check_treatment(self.step)
         except ValueError as error:
-            raise UserError(f"memory.policy: {error}") from error
+            raise UserError(str(error)) from error
 
     def plan(self, backprop_steps: int, *, decode_micro_batch: int = 0) -> CheckpointPlan:
         """The plan for ``backprop_steps`` steps with gradient."""
