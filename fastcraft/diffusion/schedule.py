@@ -49,10 +49,11 @@ class NoiseSchedule:
 
 
 def timestep_grid(schedule: NoiseSchedule, num_inference_steps: int, spacing: str) -> tuple[int, ...]:
-    """Timesteps visited, noisiest first.
+    """Timesteps visited, noisiest first: those of diffusers' ``DDIMScheduler``, for every number of steps.
 
     ``trailing`` gives 999, 959, ..., 39 for 25 steps (TextCraftor) and 999, 979, ..., 19 for 50 (LongAlign);
-    ``leading`` gives 981, 961, ..., 1 for 50 (TexForce, and diffusers' default for Stable Diffusion 1.x).
+    ``leading`` gives 981, 961, ..., 1 for 50 (TexForce, and diffusers' default for Stable Diffusion 1.x). Some trailing
+    grids of diffusers, such as that of 61 steps, end in one timestep too many, -1, by rounding; it is left out here.
 
     Raises:
         UserError: more steps than train timesteps, or an unknown spacing.
@@ -61,8 +62,8 @@ def timestep_grid(schedule: NoiseSchedule, num_inference_steps: int, spacing: st
     if not 1 <= num_inference_steps <= total:
         raise UserError(f"sampler.num_inference_steps must lie in 1..{total}, got {num_inference_steps}")
     if spacing == "trailing":
-        ratio = total / num_inference_steps
-        return tuple(round(total - i * ratio) - 1 for i in range(num_inference_steps))
+        step = (total - total / num_inference_steps) - total  # rounded as in `numpy.arange`, which decides the halves
+        return tuple(round(total + i * step) - 1 for i in range(num_inference_steps))
     if spacing == "leading":
         stride = total // num_inference_steps
         first = (num_inference_steps - 1) * stride + schedule.steps_offset

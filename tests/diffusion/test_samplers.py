@@ -35,6 +35,16 @@ def test_leading_grid_equals_diffusers(num):
     assert list(timestep_grid(NoiseSchedule.from_diffusers(theirs), num, "leading")) == theirs.timesteps.tolist()
 
 
+def test_trailing_grid_equals_diffusers_for_every_number_of_steps():
+    theirs = scheduler()
+    schedule = NoiseSchedule.from_diffusers(theirs)
+    for num in range(1, 1001):
+        theirs.set_timesteps(num)
+        expected = theirs.timesteps.tolist()
+        assert expected[num:] in ([], [-1])  # arange's rounding: a timestep too many
+        assert list(timestep_grid(schedule, num, "trailing")) == expected[:num], num
+
+
 def test_grid_rejects_bad_input():
     schedule = NoiseSchedule.from_diffusers(scheduler())
     with pytest.raises(UserError, match=r"num_inference_steps must lie in 1\.\.1000, got 0"):
@@ -67,7 +77,7 @@ def test_every_sampler_gives_a_grid(name, spacing, num, prediction_type):
         torch.testing.assert_close(grid.predict_original(index, x, exact), original, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("num", [1, 20, 30])
+@pytest.mark.parametrize("num", [1, 20, 30, 48, 61])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
