@@ -185,6 +185,34 @@ def test_add_noise_equals_diffusers():
     torch.testing.assert_close(ours.add_noise(24, original, noise), expected)
 
 
-def test_unknown_prediction_type_is_refused():
-    with pytest.raises(UserError, match="prediction_type must be 'epsilon' or 'v_prediction', got 'sample'"):
-        NoiseSchedule.from_diffusers(scheduler("sample"))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"prediction_type": "sample"},
+            "scheduler: prediction_type must be 'epsilon' or 'v_prediction', got 'sample'",
+        ),
+        ({"rescale_betas_zero_snr": True}, "needs prediction_type 'v_prediction', got 'epsilon'"),
+        ({"clip_sample": True}, "scheduler: clip_sample must be false, got True"),
+        ({"thresholding": True}, "scheduler: thresholding must be false, got True"),
+        ({"trained_betas": [0.1, 0.2, -0.1]}, "must fall from at most 1 to above 0"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_is_refused(options, message):
+    with pytest.raises(UserError) as raised:
+        NoiseSchedule.from_diffusers(scheduler(**options))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("final", "levels"),
+    [
+        (0.8, (0.9, 0.5)), (1.1, (0.9, 0.5)), (1.0, (1.0, 0.5)), (1.0, (0.5, 0.6)), (1.0, (0.5, 0.0, 0.0)),
+        (1.0, (0.5, -0.1)), (1.0, ()), (1.0, (float("nan"), 0.5)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_levels_that_no_forward_process_has(final, levels):
+    with pytest.raises(UserError, match="final_alpha_cumprod and alphas_cumprod must fall"):
+        NoiseSchedule(alphas_cumprod=levels, final_alpha_cumprod=final, prediction_type="v_prediction")
