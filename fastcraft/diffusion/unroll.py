@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.diffusion.network import Network
+from fastcraft.diffusion.samplers.grid import Grid
 from fastcraft.diffusion.treatments import BatchedSteps, carry_out
 from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 from fastcraft.records import Trajectory
@@ -19,7 +19,7 @@ def denoise(
     latents: Tensor,
     conditioning: Conditioning,
     *,
-    sampler: Any,
+    sampler: Grid,
     guidance_scale: float,
     trajectory: Trajectory,
     plan: CheckpointPlan,
@@ -36,7 +36,7 @@ def denoise(
         network: frozen or trained.
         latents: ``(B, C, H, W)`` float32, standard normal for ``start`` = 0.
         conditioning: for B samples, or for 2B with guidance.
-        sampler: a grid that an entry of `SAMPLERS` made.
+        sampler: see `Grid`.
         guidance_scale: at least 1.
         trajectory: which steps carry gradient, and how the run ends.
         plan: what each step with gradient keeps for backward; its length is that of ``trajectory.grad_steps``.
@@ -67,7 +67,7 @@ def denoise(
 
 
 def _chain(
-    network: Network, latents: Tensor, sampler: Any, guidance_scale: float, trajectory: Trajectory,
+    network: Network, latents: Tensor, sampler: Grid, guidance_scale: float, trajectory: Trajectory,
     plan: CheckpointPlan, noises: Sequence[Tensor] | None, start: int,
 ) -> "_Chain":  # fmt: skip
     """The steps of one run, once plan, trajectory and network are known to fit each other."""
@@ -113,7 +113,7 @@ class _Chain:
     """What all steps of one run share; ``treatments`` has the steps with gradient. Names as in `denoise`."""
 
     network: Network
-    sampler: Any
+    sampler: Grid
     guidance_scale: float
     trajectory: Trajectory
     noises: Sequence[Tensor] | None

@@ -51,25 +51,22 @@ def load_components(
 
     Raises:
         UserError: no such folder, a part missing or corrupt, weights that do not match the architecture, a pickle that
-            `weights_only` loading refuses, or a model that is not Stable Diffusion 1.x or 2.x.
+            `weights_only` loading refuses, a scheduler that `NoiseSchedule` refuses, or a model that is not Stable
+            Diffusion 1.x or 2.x.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = _local_folder(str(path))
     _check_layout(folder)
+    schedule = _load_schedule(folder / "scheduler")
     unet = _load(UNet2DConditionModel, folder / "unet", torch_dtype=unet_dtype or dtype)
     vae = _load(AutoencoderKL, folder / "vae", torch_dtype=dtype)
     text_encoder = _load(CLIPTextModel, folder / "text_encoder", dtype=torch.float32)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        config = DDIMScheduler.load_config(folder / "scheduler")
-        scheduler = DDIMScheduler.from_config(config, clip_sample=False)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"path: cannot load tokenizer or scheduler of {folder}: {_first_line(error)}") from error
-    for key in ("clip_sample", "thresholding"):
-        if config.get(key):
-            raise UserError(f"path: a scheduler with {key} = true is not supported")
+        raise UserError(f"path: cannot load {folder / 'tokenizer'}: {_first_line(error)}") from error
     for module in (unet, vae):
         freeze(module).to(device)
     if device.type == "cpu" and dtype == torch.bfloat16:
@@ -88,7 +85,7 @@ def load_components(
         vae=vae,
         text_encoder=text_encoder.to(device).eval(),
         tokenizer=tokenizer,
-        schedule=NoiseSchedule.from_diffusers(scheduler),
+        schedule=schedule,
         latent_shape=(unet.config.in_channels, size, size),
         pixels_per_latent=factor,
     )
@@ -193,6 +190,20 @@ def _check_layout(folder: Path) -> None:
     for part in PARTS:
         if not (folder / part).is_dir():
             raise UserError(f"path: {folder} lacks the folder {part!r}")
+
+
+def _load_schedule(folder: Path) -> NoiseSchedule:
+    """The noise schedule of any scheduler's folder; without ``clip_sample`` it does not clip, unlike DDIM's default."""
+    from diffusers import DDIMScheduler
+
+    try:
+        config = DDIMScheduler.load_config(folder)
+        scheduler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+        return NoiseSchedule.from_diffusers(scheduler)
+    except NotImplementedError as error:
+        raise UserError(f"path: {folder}: beta_schedule {config.get('beta_schedule')!r} is not supported") from error
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"path: cannot load {folder}: {_first_line(error)}") from error
 
 
 def _load(cls: Any, folder: Path, **kwargs: Any) -> Any:

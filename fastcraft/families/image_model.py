@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.network import Network
+from fastcraft.diffusion.samplers.grid import Grid
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.memory.plan import KEEP, CheckpointPlan
 from fastcraft.records import PromptEmbeds, Trajectory
@@ -27,7 +28,7 @@ class ImageModel:
     text: PromptEncoder | None = None
     network: Network
     vae: Any
-    sampler: Any
+    sampler: Grid
     guidance_scale: float
     latent_shape: tuple[int, int, int]
     device: torch.device
@@ -44,7 +45,7 @@ class ImageModel:
         return self.network.condition(embeds)
 
     def noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[Tensor] | None]:
-        """Initial latents ``(B, C, h, w)`` float32, and one more draw per step when the sampler is stochastic.
+        """Standard normal ``(B, C, h, w)`` float32 at the sampler's scale, and a draw per step when it is stochastic.
 
         Row i depends on ``seeds[i]`` alone, whatever the batch, the rank or the device.
         """
@@ -55,6 +56,8 @@ class ImageModel:
             return torch.stack(rows).to(self.device)
 
         latents = draw()
+        if self.sampler.initial_scale != 1:
+            latents = latents * self.sampler.initial_scale
         return latents, [draw() for _ in self.sampler.timesteps] if self.sampler.needs_noise else None
 
     def prefix(
@@ -121,7 +124,7 @@ class ImageModel:
             ``(B, 3, H, W)`` float32 in [0, 1].
         """
         latents, noises = self.noise(seeds)
-        total, first = len(self.sampler.timesteps), 0
+        total, first = len(self.sampler), 0
         if prefix is not None and trained_steps:
             first = total - trained_steps
             latents = self.prefix(latents, self.condition(prefix), num_steps=first, noises=noises)

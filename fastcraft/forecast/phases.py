@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastcraft.diffusion.conditioning import Conditioning
 from fastcraft.diffusion.decode import decode
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.diffusion.schedule import NoiseSchedule
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.families.unet import UNetNetwork
@@ -73,7 +73,7 @@ class _Forecast:
         if isinstance(self.rewards, WeightedRewards):
             keep_differentiable(self.rewards)
         schedule = NoiseSchedule(alphas_cumprod=(0.9, 0.8, 0.7), final_alpha_cumprod=1.0)
-        self.sampler = DDIMSampler(schedule, num_inference_steps=2)
+        self.sampler = ddim(schedule, num_inference_steps=2)
         self.weights = [t for module in (self.unet, self.vae, self.rewards) for t in _tensors(module)]
 
     def estimate(self, *, uncond_trained: bool, world_size: int, treatments: Sequence[str]) -> StepEstimate:

@@ -202,7 +202,7 @@ class RewardBackprop:
         settings = self.settings
         return choose_trajectory(
             settings.truncation,
-            num_inference_steps=len(self.model.sampler.timesteps),
+            num_inference_steps=len(self.model.sampler),
             backprop_steps=settings.backprop_steps,
             rng=random.Random(sample_seed(self.seed, draw, _TRUNCATION_STREAM)),
             row_rngs=[random.Random(sample_seed(self.seed, index, _TRUNCATION_STREAM)) for index in indices],

@@ -14,7 +14,7 @@ from fastcraft.diffusion import acceleration
 from fastcraft.diffusion.acceleration import AcceleratedUNet, refuse_acceleration
 from fastcraft.diffusion.cuda_graphs import MAX_SHAPES
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.diffusion.schedule import NoiseSchedule
 from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
@@ -72,7 +72,7 @@ def images():
     )  # fmt: skip
     return ImageModel(
         unet=unet, vae=None, guidance_scale=3.0, latent_shape=(4, 8, 8), device=torch.device("cpu"),
-        sampler=DDIMSampler(schedule, num_inference_steps=T),
+        sampler=ddim(schedule, num_inference_steps=T),
     )  # fmt: skip
 
 

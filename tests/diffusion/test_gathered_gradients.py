@@ -9,7 +9,7 @@ import torch
 from fastcraft.diffusion import fused_attention
 from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.diffusion.schedule import NoiseSchedule
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.unroll import denoise
@@ -44,7 +44,7 @@ class Run:
     def __init__(self, unet, *, gathered=True, dtype=torch.float32, guidance_scale=3.0):
         self.unet, self.gathered, self.guidance_scale = unet.to(dtype), gathered, guidance_scale
         schedule = NoiseSchedule(alphas_cumprod=(0.95, 0.9, 0.8, 0.7, 0.5, 0.3), final_alpha_cumprod=1.0)
-        self.sampler = DDIMSampler(schedule, num_inference_steps=6)
+        self.sampler = ddim(schedule, num_inference_steps=6)
         generator = torch.Generator().manual_seed(2)
         self.noise = torch.randn(2, 4, 4, 4, generator=generator)
         self.text = [torch.randn(n, 7, 8, generator=generator).to(dtype).requires_grad_() for n in (2, 1)]

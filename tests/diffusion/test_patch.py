@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.errors import UserError
@@ -162,7 +162,7 @@ def test_unrolled_gradient_under_every_policy(name, policy, vae, tiny_parts):
     """The project's loop: text keys once per prompt, guidance, two steps with gradient, decode."""
     unet = make_narrow(name).unet
     use_text_kv(unet)
-    sampler = DDIMSampler(tiny_parts.components.schedule, num_inference_steps=3)
+    sampler = ddim(tiny_parts.components.schedule, num_inference_steps=3)
     plan = make_policy(policy).plan(2)
     noise = torch.randn(2, 4, 8, 8)
     inputs = [torch.randn(rows, 7, 24, requires_grad=True) for rows in (2, 1)]

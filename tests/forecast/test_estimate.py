@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.saved_bytes import RESULTS, total_mb
 from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.treatments import is_one_of
 from fastcraft.diffusion.unroll import predict_noise
@@ -62,7 +62,7 @@ def tiny(tiny_pipeline):
 
     def objective(depth, make_plan, **settings):
         model = ImageModel(
-            unet=parts.unet, vae=parts.vae, sampler=DDIMSampler(parts.schedule, num_inference_steps=depth + 2),
+            unet=parts.unet, vae=parts.vae, sampler=ddim(parts.schedule, num_inference_steps=depth + 2),
             guidance_scale=3.0, latent_shape=parts.latent_shape, device=torch.device("cpu"),
         )  # fmt: skip
         text = PromptEncoder(

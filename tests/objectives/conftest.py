@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.families.image_model import ImageModel
 from fastcraft.memory.policies import make_policy
 from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackprop
@@ -38,7 +38,7 @@ def tiny_objective(tiny_parts: SimpleNamespace) -> Callable[..., tuple[RewardBac
         text = PromptEncoder(components.tokenizer, trained=trained, original=original, device=device, guided=True)
         model = ImageModel(
             unet=components.unet, vae=components.vae, guidance_scale=3.0, latent_shape=components.latent_shape,
-            sampler=DDIMSampler(components.schedule, num_inference_steps=4), device=device,
+            sampler=ddim(components.schedule, num_inference_steps=4), device=device,
         )  # fmt: skip
         objective = RewardBackprop(
             text, model, rewards=smooth_reward, make_plan=make_policy("none").plan,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.families.image_model import ImageModel
 from fastcraft.memory.plan import RECOMPUTE, CheckpointPlan
 from fastcraft.memory.policies import make_policy
@@ -25,14 +25,14 @@ def run(objective, trained, policy, *, micro_batch=0, draw=0):
 
 
 @pytest.fixture
-def make(tiny_objective):
+def make(tiny_objective, tiny_parts):
     def build(*, eta=0.0, guidance=3.0, **settings):
         objective, trained = tiny_objective(**settings)
         model, text = objective.model, objective.text
         text.guided = guidance != 1
         objective.model = ImageModel(
             unet=model.unet.double(), vae=model.vae.double(), guidance_scale=guidance, latent_shape=model.latent_shape,
-            sampler=DDIMSampler(model.sampler.schedule, num_inference_steps=T, eta=eta), device=model.device,
+            sampler=ddim(tiny_parts.components.schedule, num_inference_steps=T, eta=eta), device=model.device,
         )  # fmt: skip
         return objective, trained.double()
 

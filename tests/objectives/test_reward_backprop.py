@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from fastcraft.data.order import sample_seed
-from fastcraft.diffusion.samplers.ddim import DDIMSampler
+from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.families.image_model import ImageModel
 from fastcraft.memory.policies import POLICIES, make_policy
 from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackprop
@@ -42,7 +42,7 @@ def build(parts, *, policy="none", guidance=3.0, eta=0.0, train="full", uncond_e
     )  # fmt: skip
     model = ImageModel(
         unet=components.unet, vae=components.vae, guidance_scale=guidance, latent_shape=components.latent_shape,
-        sampler=DDIMSampler(components.schedule, num_inference_steps=T, eta=eta), device=torch.device("cpu"),
+        sampler=ddim(components.schedule, num_inference_steps=T, eta=eta), device=torch.device("cpu"),
     )  # fmt: skip
     chosen = make_policy(policy)
     objective = RewardBackprop(

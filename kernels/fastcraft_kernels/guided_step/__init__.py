@@ -1,4 +1,4 @@
-"""Classifier-free guidance and the DDIM update in one pass."""
+"""Classifier-free guidance and a sampler's linear update in one pass."""
 
 from fastcraft_kernels.guided_step.op import guided_step
 

@@ -12,7 +12,7 @@ BLOCK = 1024
 
 
 def guided_step_forward(
-    latents: Tensor, output: Tensor, noise: Tensor | None, *, a: float, b_uncond: float, b_cond: float, s: float
+    latents: Tensor, output: Tensor, noise: Tensor | None, *, a: float, b_uncond: float, b_cond: float, c: float
 ) -> Tensor:
     """As in `reference`; reads each input once and writes the result once."""
     result = torch.empty_like(latents, memory_format=torch.contiguous_format)
@@ -23,7 +23,7 @@ def guided_step_forward(
         _forward_kernel[(ceil_div(result.numel(), BLOCK),)](
             latents, output, noise, result, result.numel(), height * width, num_channels,
             *_strides(latents), *_strides(output), *(_strides(latents if noise is None else noise)),
-            batch * output.stride(0), float(a), float(b_uncond), float(b_cond), float(s),
+            batch * output.stride(0), float(a), float(b_uncond), float(b_cond), float(c),
             GUIDED=len(output) == 2 * batch, NOISY=noise is not None, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return result
@@ -70,7 +70,7 @@ def _offsets(index, plane, num_channels, stride_n, stride_c, stride_p):
 @triton.jit
 def _forward_kernel(
     x_ptr, output_ptr, noise_ptr, y_ptr, num_elements, plane, num_channels,
-    x_n, x_c, x_p, o_n, o_c, o_p, n_n, n_c, n_p, cond_offset, a, b_uncond, b_cond, s,
+    x_n, x_c, x_p, o_n, o_c, o_p, n_n, n_c, n_p, cond_offset, a, b_uncond, b_cond, c,
     GUIDED: tl.constexpr, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -85,7 +85,7 @@ def _forward_kernel(
         y = a * x + b_cond * tl.load(output_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if NOISY:
         at = _offsets(index, plane, num_channels, n_n, n_c, n_p)
-        y += s * tl.load(noise_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        y += c * tl.load(noise_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

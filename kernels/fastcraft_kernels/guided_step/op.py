@@ -1,32 +1,31 @@
 """The public function and its registration."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcraft_kernels.backend import uses_triton
-from fastcraft_kernels.guided_step.reference import guided_step_backward, guided_step_forward, step_coefficients
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from fastcraft_kernels.guided_step.reference import guided_step_backward, guided_step_forward
 
 
 def guided_step(
-    latents: Tensor, model_output: Tensor, *, alpha_cumprod: float, previous_alpha_cumprod: float,
-    guidance_scale: float = 1.0, eta: float = 0.0, noise: Tensor | None = None, prediction_type: str = "epsilon",
+    latents: Tensor, model_output: Tensor, *, a: float, b: float, c: float = 0.0, guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Latents after one DDIM step from a guided prediction, in one pass.
+    """``a x + b m + c z``: latents after one step of a sampler from a guided prediction m, in one pass.
 
     Args:
-        latents: ``(B, C, H, W)`` float32 (or float64), before the step.
-        model_output: what the UNet gave, any float dtype: ``(2B, C, H, W)`` with the unconditional rows first, or
-            ``(B, C, H, W)`` when ``guidance_scale`` is 1.
-        alpha_cumprod: squared signal level of ``latents``, in (0, 1); 0, all noise, with a v-prediction only.
-        previous_alpha_cumprod: squared signal level after the step, above 0, from ``alpha_cumprod`` to 1.
-        guidance_scale: weight w of ``e_u + w (e_c - e_u)``, at least 1.
-        eta: DDIM noise weight in [0, 1].
-        noise: ``(B, C, H, W)`` standard normal, dtype of ``latents``; needed when ``eta`` > 0. It carries no gradient.
-        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+        latents: x, ``(B, C, H, W)`` float32 (or float64), before the step.
+        model_output: what the network gave, any float dtype: ``(2B, C, H, W)`` with the unconditional rows first, which
+            makes ``m = m_u + guidance_scale (m_c - m_u)``, or m itself, ``(B, C, H, W)``, when ``guidance_scale`` is 1.
+        a: weight of the latents, finite.
+        b: weight of the prediction, finite.
+        c: weight of the noise, finite, at least 0.
+        guidance_scale: at least 1.
+        noise: z, ``(B, C, H, W)`` standard normal, dtype of ``latents``; needed when ``c`` > 0, else ignored. It
+            carries no gradient.
 
     Returns:
         ``(B, C, H, W)``, dtype of ``latents``, contiguous.
@@ -35,31 +34,18 @@ def guided_step(
         ValueError: shapes, dtypes, devices or numbers outside the above.
 
     Saves for backward: nothing; the step is linear.
-    Source: arXiv:2010.02502, Eq. 12; arXiv:2207.12598.
+    Source: guidance arXiv:2207.12598; the numbers are the sampler's.
     """
     _check_tensors(latents, model_output, noise, guided=guidance_scale != 1)
-    all_noise = alpha_cumprod == 0 and prediction_type == "v_prediction"  # there an epsilon says nothing about x0
-    if not (0 < alpha_cumprod < 1 or all_noise) or not alpha_cumprod <= previous_alpha_cumprod <= 1:
-        raise ValueError(
-            "guided_step: alpha_cumprod must lie in (0, 1), or be 0 with a v-prediction, and previous_alpha_cumprod "
-            f"between it and 1, got {alpha_cumprod} and {previous_alpha_cumprod}"
-        )
-    if previous_alpha_cumprod == 0:
-        raise ValueError("guided_step: previous_alpha_cumprod must be above 0, got 0")
-    if not guidance_scale >= 1 or not 0 <= eta <= 1:
-        raise ValueError(
-            f"guided_step: guidance_scale must be at least 1 and eta lie in [0, 1], got {guidance_scale} and {eta}"
-        )
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"guided_step: prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
-        )
-    if eta > 0 and noise is None:
-        raise ValueError(f"guided_step: noise is needed with eta = {eta}, got None")
-    numbers = step_coefficients(
-        alpha_cumprod, previous_alpha_cumprod, guidance_scale=guidance_scale, eta=eta, prediction_type=prediction_type
+    if not (math.isfinite(a) and math.isfinite(b) and 0 <= c < math.inf):
+        raise ValueError(f"guided_step: a, b and c must be finite and c at least 0, got {a}, {b} and {c}")
+    if not 1 <= guidance_scale < math.inf:
+        raise ValueError(f"guided_step: guidance_scale must be finite and at least 1, got {guidance_scale}")
+    if c > 0 and noise is None:
+        raise ValueError(f"guided_step: noise is needed with c = {c}, got None")
+    return _guided_step(
+        latents, model_output, noise if c > 0 else None, a, (1 - guidance_scale) * b, guidance_scale * b, c
     )
-    return _guided_step(latents, model_output, noise if eta > 0 else None, *numbers)
 
 
 def _check_tensors(latents: Tensor, output: Tensor, noise: Tensor | None, *, guided: bool) -> None:
@@ -87,13 +73,13 @@ def _check_tensors(latents: Tensor, output: Tensor, noise: Tensor | None, *, gui
 
 @torch.library.custom_op("fastcraft::guided_step", mutates_args=())
 def _guided_step(
-    latents: Tensor, output: Tensor, noise: Tensor | None, a: float, b_uncond: float, b_cond: float, s: float
+    latents: Tensor, output: Tensor, noise: Tensor | None, a: float, b_uncond: float, b_cond: float, c: float
 ) -> Tensor:
     if uses_triton("guided_step", latents):
         from fastcraft_kernels.guided_step import kernel
 
-        return kernel.guided_step_forward(latents, output, noise, a=a, b_uncond=b_uncond, b_cond=b_cond, s=s)
-    result = guided_step_forward(latents, output, noise, a=a, b_uncond=b_uncond, b_cond=b_cond, s=s)
+        return kernel.guided_step_forward(latents, output, noise, a=a, b_uncond=b_uncond, b_cond=b_cond, c=c)
+    result = guided_step_forward(latents, output, noise, a=a, b_uncond=b_uncond, b_cond=b_cond, c=c)
     return result.contiguous()
 
 

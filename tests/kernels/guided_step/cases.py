@@ -4,19 +4,17 @@ import pytest
 import torch
 
 from fastcraft_kernels.guided_step import guided_step
-from fastcraft_kernels.guided_step.reference import guided_step_forward, step_coefficients
+from fastcraft_kernels.guided_step.reference import guided_step_forward
 from fastcraft_kernels.testing import assert_op_as_accurate, run
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
-LEVELS = {"alpha_cumprod": 0.2, "previous_alpha_cumprod": 0.35, "eta": 1.0, "prediction_type": "epsilon"}
+NUMBERS = {"a": 1.3, "b": -0.4, "c": 0.6}
 
 
 def eager(guidance_scale):
-    a, b_uncond, b_cond, s = step_coefficients(
-        LEVELS["alpha_cumprod"], LEVELS["previous_alpha_cumprod"], guidance_scale=guidance_scale, eta=1.0,
-        prediction_type="epsilon",
-    )  # fmt: skip
-    return lambda x, out, noise: guided_step_forward(x, out, noise, a=a, b_uncond=b_uncond, b_cond=b_cond, s=s)
+    a, b, c = NUMBERS.values()
+    weights = {"a": a, "b_uncond": (1 - guidance_scale) * b, "b_cond": guidance_scale * b, "c": c}
+    return lambda x, out, noise: guided_step_forward(x, out, noise, **weights)
 
 
 def cotangents(shape, device):
@@ -37,7 +35,7 @@ def test_forward_and_gradients(shape, guidance_scale, dtype, device):
         arguments = [x, out.requires_grad_(), noise]
 
         def fast(x, out, noise):
-            return guided_step(x, out, noise=noise, guidance_scale=guidance_scale, **LEVELS)
+            return guided_step(x, out, noise=noise, guidance_scale=guidance_scale, **NUMBERS)
 
         got = assert_op_as_accurate(fast, eager(guidance_scale), arguments, [dy])
         again = run(fast, arguments, [dy])

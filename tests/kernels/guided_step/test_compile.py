@@ -18,7 +18,7 @@ def test_compiles_without_spills(facts):
     latents = torch.empty(2, 4, 64, 64, device="meta")
     output = torch.empty(4, 4, 64, 64, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     with record_launches() as launches, assume_device(facts):
-        kernel.guided_step_forward(latents, output, latents, s=0.1, **numbers)
+        kernel.guided_step_forward(latents, output, latents, c=0.1, **numbers)
         kernel.guided_step_backward(latents, guided=True, output_dtype=torch.bfloat16, **numbers)
     table = RegisterTable(TABLE)
     assert [launch.grid for launch in launches] == [(32,), (32,)]

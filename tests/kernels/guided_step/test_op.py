@@ -1,53 +1,33 @@
-"""The guided step: the sampler's numbers and gradients, registration, errors."""
+"""The guided step: guidance and the sampler's numbers, gradients, registration, errors."""
 
 import pytest
 import torch
 
 from fastcraft_kernels.guided_step import guided_step
-from fastcraft_kernels.guided_step.reference import step_coefficients
 
 
-def plain_step(x, output, noise, *, level, previous, guidance_scale, eta, prediction_type):
-    """Guidance, then Eq. 12 of arXiv:2010.02502, one term after another."""
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+@pytest.mark.parametrize(("a", "b", "c"), [(1.7, -0.9, 0.0), (0.5, 0.25, 0.3), (0.0, -1.0, 1.0)])
+def test_equals_guidance_then_the_step(a, b, c, guidance_scale):
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    out = torch.randn(2 if guidance_scale == 1 else 4, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    guided = out
     if guidance_scale != 1:
-        uncond, cond = output.chunk(2)
-        output = uncond + guidance_scale * (cond - uncond)
-    if prediction_type == "epsilon":
-        original, epsilon = (x - (1 - level) ** 0.5 * output) / level**0.5, output
-    else:
-        original = level**0.5 * x - (1 - level) ** 0.5 * output
-        epsilon = level**0.5 * output + (1 - level) ** 0.5 * x
-    sigma = eta * ((1 - previous) / (1 - level) * (1 - level / previous)) ** 0.5
-    return previous**0.5 * original + (1 - previous - sigma**2) ** 0.5 * epsilon + sigma * noise
+        uncond, cond = out.chunk(2)
+        guided = uncond + guidance_scale * (cond - uncond)
+    plain = a * x + b * guided + c * noise
+    ours = guided_step(x, out, a=a, b=b, c=c, guidance_scale=guidance_scale, noise=noise)
+    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-11)
+    cotangent = torch.randn_like(ours)
+    expected = torch.autograd.grad(plain, (x, out), cotangent)
+    for got, want in zip(torch.autograd.grad(ours, (x, out), cotangent), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("guidance_scale", "eta"), [(7.5, 0.0), (3.0, 1.0), (1.0, 0.5), (1.0, 0.0)])
-def test_equals_guidance_then_ddim(prediction_type, guidance_scale, eta):
-    rows = 2 if guidance_scale == 1 else 4
-    for level, previous in ((0.0047, 0.014), (0.2, 0.35), (0.8, 0.99), (0.9, 1.0)):
-        x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
-        out = torch.randn(rows, 4, 3, 5, dtype=torch.float64, requires_grad=True)
-        noise = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-        numbers = {"guidance_scale": guidance_scale, "eta": eta, "prediction_type": prediction_type}
-        plain = plain_step(x, out, noise, level=level, previous=previous, **numbers)
-        ours = guided_step(
-            x, out, alpha_cumprod=level, previous_alpha_cumprod=previous, noise=noise, **numbers
-        )  # fmt: skip
-        torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-11)
-        cotangent = torch.randn_like(ours)
-        expected = torch.autograd.grad(plain, (x, out), cotangent)
-        for a, b in zip(torch.autograd.grad(ours, (x, out), cotangent), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
-def test_nothing_of_the_predicted_noise_is_left():
-    """From noise alone with eta = 1: what is under the root is 0 to rounding, above or below."""
-    for previous in torch.linspace(0.01, 0.99, 99).tolist():
-        numbers = step_coefficients(0.0, previous, guidance_scale=3.0, eta=1.0, prediction_type="v_prediction")
-        assert all(type(number) is float for number in numbers)  # a root of less than 0 would be complex
-        assert numbers[0] == pytest.approx(0, abs=1e-7)
-        assert numbers[2:] == pytest.approx((-3 * previous**0.5, (1 - previous) ** 0.5))
+def test_noise_of_no_weight_is_not_read():
+    x, noise = torch.randn(1, 4, 2, 2), torch.full((1, 4, 2, 2), torch.nan)
+    assert torch.equal(guided_step(x, x, a=1.0, b=0.5, noise=noise), 1.5 * x)
 
 
 def test_nothing_is_saved_and_dtypes_hold():
@@ -58,7 +38,7 @@ def test_nothing_is_saved_and_dtypes_hold():
         raise AssertionError(f"saved a tensor of shape {tuple(tensor.shape)}")
 
     with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
-        y = guided_step(x, out, alpha_cumprod=0.2, previous_alpha_cumprod=0.3, guidance_scale=2)
+        y = guided_step(x, out, a=1.2, b=-0.3, guidance_scale=2)
     dx, dout = torch.autograd.grad(y.sum(), (x, out))
     assert (y.dtype, dx.dtype, dout.dtype) == (torch.float32, torch.float32, torch.bfloat16)
 
@@ -79,7 +59,7 @@ def test_gradcheck_and_compile():
     out = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
 
     def call(x, out):
-        return guided_step(x, out, alpha_cumprod=0.2, previous_alpha_cumprod=0.5, guidance_scale=3.0)
+        return guided_step(x, out, a=1.2, b=-0.3, guidance_scale=3.0)
 
     assert torch.autograd.gradcheck(call, (x, out), fast_mode=True)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
@@ -102,29 +82,20 @@ def test_gradcheck_and_compile():
         ),
         ({"model_output": torch.zeros(4, 4, 8, 8, dtype=torch.int32)}, "model_output must be a float (4, 4, 8, 8)"),
         ({"model_output": torch.zeros(4, 4, 8, 8, device="meta")}, "model_output must be on the device of latents"),
-        (
-            {"alpha_cumprod": 1.0},
-            "alpha_cumprod must lie in (0, 1), or be 0 with a v-prediction, and previous_alpha_cumprod between it and "
-            "1, got 1.0",
-        ),
-        ({"alpha_cumprod": 0.0}, "alpha_cumprod must lie in (0, 1), or be 0 with a v-prediction"),
-        (
-            {"alpha_cumprod": 0.0, "previous_alpha_cumprod": 0.0, "prediction_type": "v_prediction"},
-            "previous_alpha_cumprod must be above 0",
-        ),
-        ({"previous_alpha_cumprod": 0.1}, "between it and 1, got 0.2 and 0.1"),
-        ({"guidance_scale": 0.5}, "guidance_scale must be at least 1 and eta lie in [0, 1], got 0.5 and 0.0"),
-        ({"eta": 2.0}, "guidance_scale must be at least 1 and eta lie in [0, 1], got 2.0 and 2.0"),
-        ({"eta": 0.5}, "noise is needed with eta = 0.5, got None"),
+        ({"a": float("nan")}, "a, b and c must be finite and c at least 0, got nan, -0.3 and 0.0"),
+        ({"b": float("inf")}, "a, b and c must be finite and c at least 0, got 1.2, inf and 0.0"),
+        ({"c": -0.1}, "a, b and c must be finite and c at least 0, got 1.2, -0.3 and -0.1"),
+        ({"guidance_scale": 0.5}, "guidance_scale must be finite and at least 1, got 0.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite and at least 1, got nan"),
+        ({"c": 0.5}, "noise is needed with c = 0.5, got None"),
         ({"noise": torch.zeros(2, 4, 8, 7)}, "noise must be torch.float32 (2, 4, 8, 8) like latents"),
-        ({"prediction_type": "sample"}, "prediction_type must be one of epsilon, v_prediction, got 'sample'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refuses(change, message):
     arguments = {
-        "latents": torch.zeros(2, 4, 8, 8), "model_output": torch.zeros(4, 4, 8, 8), "alpha_cumprod": 0.2,
-        "previous_alpha_cumprod": 0.3, "guidance_scale": 2.0,
+        "latents": torch.zeros(2, 4, 8, 8), "model_output": torch.zeros(4, 4, 8, 8), "a": 1.2, "b": -0.3, "c": 0.0,
+        "guidance_scale": 2.0,
     } | change  # fmt: skip
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the text is compared
         guided_step(**arguments)
