@@ -83,8 +83,12 @@ CASES: dict[str, dict[str, Any]] = {
     "reward_weight_negative": {"rewards.1.weight": -0.3},
     "reward_watched_only": {"rewards.1.weight": 0.0},
     # the text encoder
-    "lora": {"trained.text.mode": "lora", "trained.text.rank": 4, "trained.text.alpha": 8.0, "train.learning_rate": 2e-3},
-    "lora_gradient_checkpointing": {"trained.text.mode": "lora", "trained.text.rank": 4, "trained.text.gradient_checkpointing": True},
+    "lora": {
+        "trained.text.mode": "lora", "trained.text.rank": 4, "trained.text.alpha": 8.0, "train.learning_rate": 2e-3,
+    },
+    "lora_gradient_checkpointing": {
+        "trained.text.mode": "lora", "trained.text.rank": 4, "trained.text.gradient_checkpointing": True,
+    },
     "uncond_encoder_original": {"text.uncond_encoder": "original"},
     "prefix_encoder_trained": {"text.prefix_encoder": "trained"},
     "gradient_checkpointing": {"trained.text.gradient_checkpointing": True},
