@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from fastcraft.errors import CommandLine, UserError
 from fastcraft.recipe import Recipe
 
 if TYPE_CHECKING:  # what takes long to import is imported only once the recipe holds
+    from torch import Tensor
+
     from fastcraft.build.run import Parts
     from fastcraft.engine.interrupt import Interrupt
     from fastcraft.engine.zero2 import Zero2Engine
@@ -172,9 +174,9 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
         if checkpoint is not None:
             trainer.restore(checkpoint)
         trainer.run()
-    with engine.averaged():
-        if rank() == 0:
-            _finish(recipe, parts, run_dir, trainer)
+    weights = engine.weights()
+    if rank() == 0:
+        _finish(recipe, parts, run_dir, trainer, weights)
 
 
 def _engine(recipe: Recipe, parts: "Parts", ds_config: dict[str, Any]) -> "Zero2Engine":
@@ -269,7 +271,7 @@ def _prepare(
     return run_dir, found, notes
 
 
-def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer") -> None:
+def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer", weights: Mapping[str, "Tensor"]) -> None:
     """Export, report and the last lines, on rank 0."""
     from fastcraft.build.export import export_run
     from fastcraft.evaluation.closing import closing_lines
@@ -279,7 +281,7 @@ def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer") -
 
     checks = [
         f"exported {e.path.relative_to(run_dir)}: reloaded, largest difference {e.max_abs_error:.1e}"
-        for e in export_run(recipe, parts, run_dir / "export", title=run_dir.name)
+        for e in export_run(recipe, parts, weights, run_dir / "export", title=run_dir.name)
     ]
     evaluations = read_evaluations(run_dir)
     report = write_report(

@@ -324,6 +324,20 @@ class Zero2Engine:
                 for param in swapped:
                     param.copy_(safe_get_full_fp32_param(param))
 
+    def weights(self) -> dict[str, Tensor]:
+        """Name -> what training has made of the parameter, its average where there is one: float32, on the CPU, whole.
+
+        Collective. Unlike the parameters themselves these are exact where those are bfloat16.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights = {}
+        for name, param in self._parameters.items():
+            averaged = averages.NAME in self._kept(name)
+            whole = safe_get_full_optimizer_state(param, averages.NAME) if averaged else safe_get_full_fp32_param(param)
+            weights[name] = whole.cpu().contiguous()
+        return weights
+
     def state(self) -> dict[str, Tensor]:
         """Everything that training goes on from, consolidated: float32 CPU copies, the same at any world size.
 
