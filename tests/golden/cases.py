@@ -83,7 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reward_weight_negative": {"rewards.1.weight": -0.3},
     "reward_watched_only": {"rewards.1.weight": 0.0},
     # the text encoder
-    "lora": {"text.train": "lora", "text.lora_rank": 4, "text.lora_alpha": 8.0, "train.learning_rate": 2e-3},
+    "lora": {"text.train": "lora", "text.lora_rank": 4, "text.lora_alpha": 8.0, "train.learning_rate": 5e-4},
     "lora_gradient_checkpointing": {"text.train": "lora", "text.lora_rank": 4, "text.gradient_checkpointing": True},
     "uncond_encoder_original": {"text.uncond_encoder": "original"},
     "prefix_encoder_trained": {"text.prefix_encoder": "trained"},
