@@ -84,7 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reward_watched_only": {"rewards.1.weight": 0.0},
     # the text encoder
     "lora": {
-        "trained.text.mode": "lora", "trained.text.rank": 4, "trained.text.alpha": 8.0, "train.learning_rate": 2e-3,
+        "trained.text.mode": "lora", "trained.text.rank": 4, "trained.text.alpha": 8.0, "train.learning_rate": 5e-4,
     },
     "lora_gradient_checkpointing": {
         "trained.text.mode": "lora", "trained.text.rank": 4, "trained.text.gradient_checkpointing": True,
