@@ -15,6 +15,12 @@ from fastcraft.registry import suggestion
 
 RECIPES = Path(__file__).parent / "recipes"
 
+RENAMED = {
+    "text.train": "trained.text.mode", "text.lora_rank": "trained.text.rank", "text.lora_alpha": "trained.text.alpha",
+    "text.gradient_checkpointing": "trained.text.gradient_checkpointing",
+}  # fmt: skip
+"""Keys of older recipes -> what they are called now."""
+
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), replaced: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or TOML file and apply ``section.key=value`` overrides, then ``replaced`` dotted keys.
@@ -92,6 +98,8 @@ def _build(cls: Any, tree: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
+            if now := RENAMED.get(_join(where, key)):
+                raise UserError(f"{_join(where, key)} is called {now} now")
             raise UserError(f"unknown key {_join(where, key)!r}{suggestion(key, hints)}")
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     for key in required:

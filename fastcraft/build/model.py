@@ -30,7 +30,8 @@ _TEXT_PRESETS = {(): TEXT_TARGETS, ("linear",): (*TEXT_TARGETS, "fc1", "fc2")}
 class BuiltModel:
     """A model ready to sample with, and to train once an engine is around ``trained``.
 
-    ``exact`` has the float32 values of trained weights that are bfloat16, by name in ``trained``; the engine takes them.
+    ``exact`` has the float32 values of trained weights that are bfloat16, by name in ``trained``; the engine takes
+    them.
     """
 
     components: Components

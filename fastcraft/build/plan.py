@@ -21,7 +21,7 @@ from fastcraft.records import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """``make``: from the number of steps with gradient to the plan; ``auto``: the planner behind it, if there is one."""
+    """``make``: from the number of steps with gradient to the plan; ``auto``: the planner behind it, if any."""
 
     make: Callable[[int], CheckpointPlan]
     auto: AutoPlan | None = None

@@ -55,9 +55,7 @@ def build_run(recipe: Recipe, *, device: torch.device) -> Parts:
     judges = build_judges(recipe, device=device)
     networks = networks_of(model.components, model.trained, judges.rewards, name=recipe.model.path)
     plans = build_plans(recipe, networks, device)
-    images, acceleration = accelerated(
-        recipe, model.images, plans.make(recipe.objective.settings.needs.backprop_steps)
-    )
+    images, acceleration = accelerated(recipe, model.images, plans.make(recipe.objective.settings.needs.backprop_steps))
     truncated = count_truncated(model.components.tokenizer, prompts.training)
     return Parts(
         model=dataclasses.replace(model, images=images),
@@ -69,7 +67,9 @@ def build_run(recipe: Recipe, *, device: torch.device) -> Parts:
     )
 
 
-def build_objective(recipe: Recipe, parts: Parts, images: ImageModel, *, rank: int = 0, world_size: int = 1) -> Objective:
+def build_objective(
+    recipe: Recipe, parts: Parts, images: ImageModel, *, rank: int = 0, world_size: int = 1
+) -> Objective:
     """The recipe's objective.
 
     Args:

@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastcraft.durable import flush, put_in_place, recover, sha256, write_json, write_tensors
+from fastcraft.engine import old_runs
 from fastcraft.engine.agreement import agree, rank, world_size
 from fastcraft.errors import UserError
 
-FORMAT = 1
-"""Version of the layout; a reader refuses another one."""
+FORMAT = 2
+"""Version of the layout. Format 1 is read too (`fastcraft.engine.old_runs`), any other is refused."""
 
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = re.compile(r"\.step-\d{6,}\.tmp")
@@ -141,13 +142,14 @@ def load_checkpoint(path: Path, *, rank: int, world_size: int) -> Checkpoint:
         raise UserError(f"--resume: {str(path)!r} cannot be used: {error}") from error
     same = manifest["world_size"] == world_size
     try:
-        return Checkpoint(
+        checkpoint = Checkpoint(
             step=manifest["step"],
             world_size=manifest["world_size"],
             tensors=load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors"),
             rank_tensors=load_file(path / f"rank-{rank:04d}.safetensors") if same else None,
             state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         )
+        return old_runs.translate_checkpoint(checkpoint) if manifest["format"] == old_runs.FORMAT else checkpoint
     except (SafetensorError, ValueError) as error:  # the manifest holds, but was made for something else
         raise UserError(f"--resume: {str(path)!r} cannot be used: {error}") from error
 
@@ -247,8 +249,9 @@ def _verify(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"manifest.json: {getattr(error, 'strerror', None) or 'not JSON'}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"manifest.json: not of format {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found not in (old_runs.FORMAT, FORMAT):
+        raise ValueError(f"manifest.json: expected format {FORMAT}, or {old_runs.FORMAT}, got {found!r}")
     step, world_size, files = (manifest.get(key) for key in ("step", "world_size", "files"))
     if step != _step_of(path) or not isinstance(world_size, int) or not isinstance(files, dict):
         raise ValueError("manifest.json: incomplete or of another step")

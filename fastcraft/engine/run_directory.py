@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import IO, Any
 
-from fastcraft.config import dump_recipe, load_recipe, recipe_to_tree
+from fastcraft.config import dump_recipe, recipe_to_tree
 from fastcraft.durable import write_text
+from fastcraft.engine.old_runs import load_run_recipe
 from fastcraft.errors import UserError
 from fastcraft.recipe import Recipe
 
@@ -54,7 +55,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, *, resume: bool) -> None:
         return
     if not stored.is_file():
         raise UserError(f"--resume: {str(run_dir)!r} holds no run (no recipe.toml)")
-    differing = _differences(load_recipe(str(stored)), recipe)
+    differing = _differences(load_run_recipe(stored), recipe)
     if differing:
         key, old, new = differing[0]
         raise UserError(f"--run-dir: {str(run_dir)!r} belongs to another recipe: {key} is {old!r} there, {new!r} here")
@@ -90,21 +91,26 @@ def lock(run_dir: Path) -> IO[str]:
 
 
 def _differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """``(key, old, new)`` of settings that differ and must not."""
+    """``(key, old, new)`` of settings that differ and must not; None where one of the two has no such key."""
     rows: list[tuple[str, Any, Any]] = []
     old_tree, new_tree = recipe_to_tree(old), recipe_to_tree(new)
-    for section, content in new_tree.items():
+    for section in new_tree:
         free = MAY_CHANGE.get(section, set())
         if section == "train" and new.train.lr_schedule == "cosine":
             free = set(free or ()) - {"num_steps"}  # the cosine's length is part of the method
-        if free is None or content == old_tree[section]:
+        if free is None:
             continue
-        if not isinstance(content, dict):
-            rows.append((section, old_tree[section], content))
-            continue
+        before, now = (_flat(tree[section], section) for tree in (old_tree, new_tree))
         rows += [
-            (f"{section}.{key}", old_tree[section][key], value)
-            for key, value in content.items()
-            if value != old_tree[section][key] and key not in free
+            (key, before.get(key), now.get(key))
+            for key in {**now, **before}
+            if before.get(key) != now.get(key) and key.removeprefix(f"{section}.") not in free
         ]
     return rows
+
+
+def _flat(tree: Any, where: str) -> dict[str, Any]:
+    """Dotted keys of nested tables; a list of tables is one value."""
+    if not isinstance(tree, dict):
+        return {where: tree}
+    return {key: value for name, part in tree.items() for key, value in _flat(part, f"{where}.{name}").items()}

@@ -1,13 +1,16 @@
 """Tiny real components for the engine's tests."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPTextModel
+from torch import nn
 
-from fastcraft.engine.zero2 import Zero2Engine, fill_ds_config, init_distributed, load_ds_config
+from fastcraft.engine.ds_config import fill_ds_config, load_ds_config
+from fastcraft.engine.zero2 import Zero2Engine, init_distributed
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 RECIPE = {
@@ -30,11 +33,16 @@ def recipe():
 
 @pytest.fixture
 def make_engine(make_text_model):
-    """An engine around the tiny model in this process; keyword arguments replace those of the recipe."""
+    """An engine around the tiny model in this process; keyword arguments replace those of the recipe.
+
+    ``options`` are further ones of the engine.
+    """
     init_distributed("cpu")
     engines = []
 
-    def make(config: str = "zero2.json", model: CLIPTextModel | None = None, **recipe) -> Zero2Engine:
+    def make(
+        config: str = "zero2.json", model: nn.Module | None = None, *, options: Mapping[str, Any] | None = None, **recipe
+    ) -> Zero2Engine:
         model = model or make_text_model()
         sizes = [param.numel() for param in model.parameters() if param.requires_grad]
         recipe = RECIPE | {"num_parameters": sum(sizes), "largest_parameter": max(sizes, default=0)} | recipe
@@ -47,6 +55,7 @@ def make_engine(make_text_model):
                 total_steps=10,
                 warmup_steps=2,
                 lr_schedule="cosine",
+                **(options or {}),
             )
         )
         return engines[-1]
@@ -58,11 +67,11 @@ def make_engine(make_text_model):
 
 @pytest.fixture
 def micro_step():
-    """Forward and backward of a loss that is a mean over the batch; the caller ends the micro-step."""
+    """Forward and backward of a loss that is a mean over the batch, one of ``of`` in an update; no ``step`` yet."""
 
-    def run(engine: Zero2Engine, input_ids: torch.Tensor) -> torch.Tensor:
+    def run(engine: Zero2Engine, input_ids: torch.Tensor, *, of: int = 1, closes: bool = True) -> torch.Tensor:
         loss = engine(input_ids).last_hidden_state[..., :8].float().pow(2).mean()
-        engine.backward(loss)
+        engine.backward(loss / of, closes_update=closes)
         return loss.detach()
 
     return run

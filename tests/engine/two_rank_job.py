@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fastcraft.engine import zero2
-from fastcraft.engine.agreement import agree
+from fastcraft.engine.agreement import agree, barrier, close_distributed
 from fastcraft.engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -19,6 +19,7 @@ from fastcraft.engine.checkpoint import (
     rng_tensors,
     save_checkpoint,
 )
+from fastcraft.engine.ds_config import fill_ds_config, load_ds_config
 from fastcraft.engine.out_of_memory import MemoryRanOutError
 
 
@@ -57,7 +58,7 @@ def main(folder: Path, ds_configs: Path) -> None:
             model.load_state_dict(load_file(folder / "weights.safetensors"))
         recipe = json.loads((folder / "recipe.json").read_text())
         recipe |= {"batch_size": 4 // accumulation, "dtype": dtype, "gradient_accumulation_steps": accumulation}
-        filled = zero2.fill_ds_config(zero2.load_ds_config(ds_configs / f"{name}.json"), **recipe)
+        filled = fill_ds_config(load_ds_config(ds_configs / f"{name}.json"), **recipe)
         return zero2.Zero2Engine(
             model, ds_config=filled, device=torch.device("cpu"), total_steps=10, warmup_steps=2, lr_schedule="cosine"
         )
@@ -67,8 +68,8 @@ def main(folder: Path, ds_configs: Path) -> None:
         for micro_batch in batch[4 * rank : 4 * rank + 4].chunk(accumulation):
             noise = torch.rand(())  # the loss depends on this rank's random state
             loss = (engine(micro_batch).last_hidden_state[..., :8].float().pow(2).mean()) * (1 + 0 * noise)
-            engine.backward(loss)
             losses.append(float(loss.detach()) + float(noise))
+            engine.backward(loss / accumulation, closes_update=len(losses) == accumulation)
             if len(losses) == accumulation:
                 gradients = engine.gradients()
             engine.step()
@@ -83,6 +84,7 @@ def main(folder: Path, ds_configs: Path) -> None:
     # rank 1 has no memory left in the frozen chain, while rank 0 comes to the encoder's gradients
     tried, full, outcomes = engine("zero2", "float32", 1, Embeds), Full(fails=rank == 1), []
     while len(outcomes) < 3 and outcomes[-1:] != ["done"]:
+        tried.begin()
         pictures = tried(batch[4 * rank : 4 * rank + 4]) * 1
         pictures.register_hook(full)
         try:
@@ -125,11 +127,11 @@ def main(folder: Path, ds_configs: Path) -> None:
         save_checkpoint(writable, 3, tensors={}, rank_tensors=rng_tensors(), state={}, keep=2)
     except CheckpointError as error:
         checks["failed_together"] = str(error)
-    zero2.barrier()
+    barrier()
     checks["left"] = sorted(path.name for path in checkpoints.iterdir())
     (folder / f"checks-{rank}.json").write_text(json.dumps(checks))
-    zero2.barrier()
-    zero2.close_distributed()
+    barrier()
+    close_distributed()
 
 
 if __name__ == "__main__":
