@@ -70,12 +70,11 @@ class Probe:
         conditioning = self._conditioning(unet.dtype, rows)
         found = {}
         if frozen:
-            ended = replace(options, num_steps=first, grad_steps=())
-            latents = model.denoise(
-                latents, conditioning.detach(), trajectory=ended, plan=CheckpointPlan(steps=()), noises=noises,
-                start=first - frozen,
-            )  # fmt: skip
-            found["prefix"] = latents.clone()
+            ended, text = replace(options, num_steps=first, grad_steps=()), conditioning.detach()
+            found["prefix"] = model.denoise(
+                latents, text, trajectory=ended, plan=CheckpointPlan(steps=()), noises=noises, start=first - frozen
+            ).clone()
+            latents = model.prefix(latents, text, num_steps=first, noises=noises, start=first - frozen)
         end = model.denoise(
             latents,
             conditioning,

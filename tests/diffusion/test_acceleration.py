@@ -4,6 +4,7 @@ The compiler's own backend is inductor in one test and in those marked slow; els
 traces the same graphs. Graphs are recorded by `CpuRecorder`, which runs the work again into the same memory.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,13 +17,14 @@ from fastcraft.diffusion.cuda_graphs import MAX_SHAPES
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.diffusion.schedule import NoiseSchedule
-from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.errors import UserError
 from fastcraft.families.components import freeze
 from fastcraft.families.image_model import ImageModel
 from fastcraft.families.parity import Probe, accelerate
+from fastcraft.families.unet import UNetNetwork, use_text_kv
 from fastcraft.memory.policies import make_policy
-from fastcraft.records import PromptEmbeds, Trajectory
+from fastcraft.records import Trajectory
+from tests.diffusion.texts import embeds
 
 T, K = 5, 3
 
@@ -71,8 +73,8 @@ def images():
         alphas_cumprod=tuple(torch.linspace(0.999, 0.05, 1000).tolist()), final_alpha_cumprod=1.0
     )  # fmt: skip
     return ImageModel(
-        unet=unet, vae=None, guidance_scale=3.0, latent_shape=(4, 8, 8), device=torch.device("cpu"),
-        sampler=ddim(schedule, num_inference_steps=T),
+        network=UNetNetwork(module=unet), vae=None, guidance_scale=3.0, latent_shape=(4, 8, 8),
+        sampler=ddim(schedule, num_inference_steps=T), device=torch.device("cpu"),
     )  # fmt: skip
 
 
@@ -84,13 +86,13 @@ def probe(images, policy="none", *, depth=K, batch_size=2, **options):
 
 def train(images, policy="none", *, depth=K, batch_size=2, unet=None, seed=0, **options):
     """The whole chain: the latents it ends with and the gradients to the text."""
-    model = images if unet is None else ImageModel(**{**vars(images), "unet": unet})
+    model = images if unet is None else replace(images, network=images.network.using(unet))
     generator = torch.Generator().manual_seed(seed)
     cond, uncond = (torch.randn(n, 77, 32, generator=generator).requires_grad_() for n in (batch_size, 1))
-    text_kv = images.text_kv(PromptEmbeds(cond=cond, uncond=uncond))
+    text = images.condition(embeds(cond, uncond))
     latents, _ = model.noise(range(seed, seed + batch_size))
     end = model.denoise(
-        latents, text_kv=text_kv, prefix_kv=text_kv.detach(), plan=make_policy(policy).plan(depth),
+        latents, text, plan=make_policy(policy).plan(depth),
         trajectory=Trajectory(num_steps=T, grad_steps=tuple(range(T - depth, T)), **options),
     )  # fmt: skip
     return end.detach(), *torch.autograd.grad(end.square().mean(), (cond, uncond))
@@ -98,8 +100,8 @@ def train(images, policy="none", *, depth=K, batch_size=2, unet=None, seed=0, **
 
 def call_once(images, unet):
     cond = torch.randn(2, 77, 32).requires_grad_()
-    text_kv = images.text_kv(PromptEmbeds(cond=cond, uncond=torch.randn(1, 77, 32)))
-    return unet(torch.randn(4, 4, 8, 8), torch.tensor(9), cross_attention_kwargs={"text_kv": text_kv})[0]
+    text = images.condition(embeds(cond, torch.randn(1, 77, 32)))
+    return unet(torch.randn(4, 4, 8, 8), torch.tensor(9), cross_attention_kwargs={"conditioning": text})[0]
 
 
 def assert_close(ours, eager, tolerance=1e-5):
@@ -110,7 +112,7 @@ def assert_close(ours, eager, tolerance=1e-5):
 
 def graphed(images, cuda_graphs="all", **options):
     recorder = CpuRecorder()
-    return AcceleratedUNet(images.unet, cuda_graphs=cuda_graphs, recorder=recorder, **options), recorder
+    return AcceleratedUNet(images.network.module, cuda_graphs=cuda_graphs, recorder=recorder, **options), recorder
 
 
 @pytest.mark.parametrize("policy", ["none", "step", "last_k_live:1", "plan:keep,recompute,keep"])
@@ -299,7 +301,7 @@ def test_what_cannot_be_compiled_is_one_line(images):
 
 
 def test_a_patched_unet_is_compiled_and_graphed(images):
-    with Patch(images.unet, backend="reference"):
+    with Patch(images.network.module, backend="reference"):
         eager = train(images, "step", depth=1)
         unet, recorder = graphed(images, compile="whole", backend="aot_eager")
         with unet.learning():
@@ -332,14 +334,39 @@ def test_what_does_not_go_together_is_refused(options, message):
         refuse_acceleration(**switches, plan=plan)
 
 
-@pytest.mark.parametrize("policy", ["none", "step", "step+block", "segment:2", "last_k_live:2"])
-def test_what_goes_together_is_not_refused(policy):
-    for compile in ("none", "prefix", "blocks", *(() if policy == "step+block" else ("whole",))):
-        plan = make_policy(policy).plan(4)
-        refuse_acceleration(compile=compile, cuda_graphs="none", device_type="cpu", plan=plan, policy=policy)
+@pytest.mark.parametrize(
+    ("policy", "compiled", "graphed"),
+    [
+        *((policy, {"blocks", "whole"}, {"all"}) for policy in ("none", "step", "last_k_live:2")),
+        ("segment:2", {"blocks", "whole"}, set()),
+        ("step+block", {"blocks"}, set()),
+        *((policy, set(), set()) for policy in ("sac:conv", "offload:conv", "batched:2")),
+    ],
+)
+def test_exactly_what_goes_together_is_not_refused(policy, compiled, graphed):
+    plan = make_policy(policy).plan(4)
+
+    def passes(**switches):
+        try:
+            refuse_acceleration(**{"compile": "none", "cuda_graphs": "none", **switches}, plan=plan, policy=policy)
+        except UserError:
+            return False
+        return True
+
+    switches = ("none", "prefix", "blocks", "whole")
+    assert {one for one in switches if passes(compile=one, device_type="cpu")} == {"none", "prefix", *compiled}
+    switches = ("none", "prefix", "all")
+    assert {one for one in switches if passes(cuda_graphs=one, device_type="cuda")} == {"none", "prefix", *graphed}
 
 
 def test_a_treatment_that_graphs_do_not_know_is_refused_where_it_is_met(images):
     unet, _ = graphed(images)
     with pytest.raises(UserError, match="replays single steps"):
         train(images, "sac:conv", unet=unet)
+
+
+@pytest.mark.parametrize("switches", [{"compile": "prefix"}, {"cuda_graphs": "all"}])
+def test_a_trained_unet_is_refused(images, switches):
+    next(images.network.module.parameters()).requires_grad_()
+    with pytest.raises(ValueError, match=r"the UNet must be frozen: .* would lose its gradient"):
+        AcceleratedUNet(images.network.module, recorder=CpuRecorder(), **switches)

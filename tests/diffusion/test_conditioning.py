@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
-from fastcraft.diffusion.unroll import predict_noise
 from fastcraft.errors import UserError
+from fastcraft.families.unet import UNetNetwork, use_text_kv
 from tests.diffusion.narrow_models import make_smallest
+from tests.diffusion.texts import condition
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -22,9 +22,9 @@ def test_projected_text_equals_the_plain_unet(tiny_parts, guided):
     plain_cond, plain_uncond = (x.detach().clone().requires_grad_() for x in (cond, uncond))
 
     total, plain_total = torch.zeros(()), torch.zeros(())
-    text_kv = project_text(unet, cond, uncond if guided else None)
+    conditioning = condition(unet, cond, uncond if guided else None)
     for t in (999, 519, 39):
-        ours = predict_noise(unet, latents, torch.tensor(t), text_kv, guided=guided)
+        ours = UNetNetwork(module=unet).predict(latents, torch.tensor(t), conditioning, guided=guided)
         if guided:
             embeds = torch.cat([plain_uncond.expand(2, -1, -1), plain_cond])
             plain = stock(torch.cat([latents, latents]), t, encoder_hidden_states=embeds).sample
@@ -48,14 +48,14 @@ def test_text_is_projected_once_for_all_steps(tiny_parts):
     for name, module in unet.named_modules():
         if name.endswith("attn2.to_k"):
             module.register_forward_hook(lambda *args: calls.append(1))
-    text_kv = project_text(unet, torch.randn(2, 77, 32))
+    network, conditioning = UNetNetwork(module=unet), condition(unet, torch.randn(2, 77, 32))
     for t in range(3):
-        predict_noise(unet, torch.randn(2, 4, 8, 8), torch.tensor(t), text_kv, guided=False)
-    assert len(calls) == len(text_kv.layers) > 0
+        network.predict(torch.randn(2, 4, 8, 8), torch.tensor(t), conditioning, guided=False)
+    assert len(calls) == len(conditioning.layers) > 0
 
 
 def test_missing_text_is_an_error(tiny_parts):
-    with pytest.raises(ValueError, match="got no text_kv"):
+    with pytest.raises(ValueError, match="got no conditioning"):
         tiny_parts.components.unet(torch.randn(1, 4, 8, 8), 1, encoder_hidden_states=None)
 
 
@@ -73,18 +73,18 @@ def test_fused_layers_hold_the_unconditional_text_once(length, rows):
     cond, uncond = torch.randn(3, length, 8, requires_grad=True), torch.randn(1, length, 8, requires_grad=True)
     latents = torch.randn(3, 4, 4, 4)
 
-    def predict(text_kv):
-        output = predict_noise(unet, latents, torch.tensor(99), text_kv, guided=True)
+    def predict(conditioning):
+        output = UNetNetwork(module=unet).predict(latents, torch.tensor(99), conditioning, guided=True)
         return [output.detach(), *torch.autograd.grad((output * torch.arange(4.0)).sum(), (cond, uncond))]
 
-    plain_kv = project_text(unet, cond, uncond)
-    assert {x.shape[0] for x in plain_kv.flat()} == {6}
-    plain = predict(plain_kv)
+    plain_text = condition(unet, cond, uncond)
+    assert {x.shape[0] for x in plain_text.flat()} == {6}
+    plain = predict(plain_text)
     with Patch(unet, backend="reference"):
-        fused_kv = project_text(unet, cond, uncond)
-        assert {x.shape[0] for x in fused_kv.flat()} == {rows}
-        results = [predict(project_text(unet, cond, uncond)), predict(project_text(unet, cond, uncond))]
-    results.append(predict(fused_kv))  # plain layers read what fused ones were given
+        fused_text = condition(unet, cond, uncond)
+        assert {x.shape[0] for x in fused_text.flat()} == {rows}
+        results = [predict(condition(unet, cond, uncond)), predict(condition(unet, cond, uncond))]
+    results.append(predict(fused_text))  # plain layers read what fused ones were given
     for result in results:
         for ours, expected in zip(result, plain, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
@@ -98,10 +98,10 @@ def test_repeated_text_serves_a_batch_that_is_stacked(guided, fused):
     cond, uncond = torch.randn(3, 7, 8), torch.randn(1, 7, 8) if guided else None
     latents, timesteps = torch.randn(2, 3, 4, 4, 4), torch.tensor([99, 500])
     with Patch(unet, backend="reference") if fused else nullcontext(), torch.no_grad():
-        kv = project_text(unet, cond, uncond)
-        single = [predict_noise(unet, x, t, kv, guided=guided) for x, t in zip(latents, timesteps, strict=True)]
-        stacked = predict_noise(
-            unet, latents.flatten(0, 1), timesteps.repeat_interleave(3), kv.repeat(2, num_samples=3), guided=guided
+        network, text = UNetNetwork(module=unet), condition(unet, cond, uncond)
+        single = [network.predict(x, t, text, guided=guided) for x, t in zip(latents, timesteps, strict=True)]
+        stacked = network.predict(
+            latents.flatten(0, 1), timesteps.repeat_interleave(3), text.repeat(2, num_samples=3), guided=guided
         )
     expected = torch.cat([torch.cat(parts) for parts in zip(*(x.split(3) for x in single), strict=True)])
     torch.testing.assert_close(stacked, expected, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastcraft.assemble import assemble
+from fastcraft.build.model import build_model
 from fastcraft.config import load_recipe
 from fastcraft.diffusion.decode import decode
 from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
@@ -49,8 +49,8 @@ def test_where_everything_is_saturated_only_straight_through_has_a_gradient(loud
 
 @pytest.mark.parametrize(("setting", "expected"), [([], False), (["objective.straight_through_clamp=true"], True)])
 def test_a_recipe_reaches_it(setting, expected):
-    model = assemble(load_recipe("shapes", setting), device=torch.device("cpu")).image_model
+    images = build_model(load_recipe("shapes", setting), device=torch.device("cpu")).images
     leaf = torch.randn(1, 4, 8, 8, requires_grad=True)
-    model.vae.decoder.conv_out.bias.data += 1e4
-    model.decode(leaf, CheckpointPlan(steps=(), decode=KEEP)).sum().backward()
+    images.vae.decoder.conv_out.bias.data += 1e4
+    images.to_images(leaf, CheckpointPlan(steps=(), decode=KEEP)).sum().backward()
     assert bool(leaf.grad.abs().max() > 0) is expected

@@ -11,12 +11,13 @@ from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers.ddim import ddim
 from fastcraft.diffusion.schedule import NoiseSchedule
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.unroll import denoise
+from fastcraft.families.unet import UNetNetwork, use_text_kv
 from fastcraft.memory.policies import POLICIES, make_policy
 from fastcraft.objectives.head import head_first
 from fastcraft.records import RewardOutput, Trajectory
 from tests.diffusion.narrow_models import make_smallest
+from tests.diffusion.texts import condition
 
 LAST_FIVE = Trajectory(num_steps=6, grad_steps=(1, 2, 3, 4, 5))
 MIXED = "plan:recompute,keep,recompute+block,recompute,keep"  # no "sac:", of which PyTorch allows one pass only
@@ -50,14 +51,14 @@ class Run:
         self.text = [torch.randn(n, 7, 8, generator=generator).to(dtype).requires_grad_() for n in (2, 1)]
 
     def project(self):
-        text_kv = project_text(self.unet, self.text[0], self.text[1] if self.guidance_scale != 1 else None)
-        assert text_kv.sums.keys() == text_kv.layers.keys()
-        return text_kv if self.gathered else replace(text_kv, sums={})
+        conditioning = condition(self.unet, self.text[0], self.text[1] if self.guidance_scale != 1 else None)
+        assert conditioning.sums.keys() == conditioning.layers.keys()
+        return conditioning if self.gathered else replace(conditioning, sums={})
 
-    def latents(self, text_kv, *, policy="none", trajectory=LAST_FIVE, start=None):
+    def latents(self, conditioning, *, policy="none", trajectory=LAST_FIVE, start=None):
         return denoise(
-            self.unet, self.noise if start is None else start, sampler=self.sampler, text_kv=text_kv,
-            prefix_kv=text_kv.detach(), guidance_scale=self.guidance_scale, trajectory=trajectory,
+            UNetNetwork(module=self.unet), self.noise if start is None else start, conditioning,
+            sampler=self.sampler, guidance_scale=self.guidance_scale, trajectory=trajectory,
             plan=make_policy(policy).plan(len(trajectory.grad_steps)), start=0 if start is None else 5,
         )  # fmt: skip
 
@@ -130,10 +131,10 @@ def batches_of_steps(run):
 
 def several_ends(run):
     """DRaFT-LV's extra draws: branches of the graph that meet at the text."""
-    text_kv = run.project()
+    conditioning = run.project()
     last = Trajectory(num_steps=6, grad_steps=(5,))
-    ends = [run.latents(text_kv, policy="step")]
-    ends += [run.latents(text_kv, trajectory=last, start=ends[0].detach() + 0.1 * i) for i in range(2)]
+    ends = [run.latents(conditioning, policy="step")]
+    ends += [run.latents(conditioning, trajectory=last, start=ends[0].detach() + 0.1 * i) for i in range(2)]
     return run.grad(sum(score(end) for end in ends))
 
 
@@ -154,16 +155,16 @@ def test_gradients_are_those_of_autograd(unet, scenario):
 
 def test_every_step_adds_to_the_sums_and_sends_nothing_else(unet):
     run = Run(unet)
-    text_kv = run.project()
-    sent = torch.autograd.grad(score(run.latents(text_kv, policy=MIXED)), text_kv.flat(), allow_unused=True)
+    conditioning = run.project()
+    sent = torch.autograd.grad(score(run.latents(conditioning, policy=MIXED)), conditioning.flat(), allow_unused=True)
     assert all(gradient is None for gradient in sent)
-    assert all(total.abs().max() > 0 for pair in text_kv.sums.values() for total in pair)
+    assert all(total.abs().max() > 0 for pair in conditioning.sums.values() for total in pair)
 
 
 def test_no_policy_is_forgotten():
-    """Offloading needs a GPU, but for what it does to ops; batches have a scenario; `auto` chooses among the others."""
+    """Offloading needs a GPU, but for what it does to ops; batches have a scenario."""
     names = {name.partition(":")[0] for name in RUNNABLE}
-    assert names | {"offload", "auto", "batched"} == set(POLICIES.names())
+    assert names | {"offload", "batched"} == set(POLICIES.names())
 
 
 @pytest.mark.parametrize(("dtype", "guidance_scale"), [(torch.float32, 1.0), (torch.bfloat16, 3.0)], ids=str)
@@ -182,12 +183,14 @@ def test_offloading_leaves_the_sums_alone(unet, monkeypatch):
 def test_there_are_no_sums_where_no_gradient_is_computed(unet):
     run = Run(unet)
     with torch.no_grad():
-        assert not project_text(unet, *run.text).sums
-    assert not project_text(unet, *(text.detach() for text in run.text)).sums
-    text_kv = run.project()
-    assert text_kv.sums
-    assert not text_kv.detach().sums
-    assert not text_kv.unflatten(text_kv.flat()).sums
+        assert not condition(unet, *run.text).sums
+    assert not condition(unet, *(text.detach() for text in run.text)).sums
+    conditioning = run.project()
+    assert conditioning.sums
+    assert not conditioning.detach().sums
+    assert conditioning.unflatten(conditioning.flat()).sums == conditioning.sums  # the very tensors of the sums
+    assert not conditioning.unflatten([tensor.clone() for tensor in conditioning.flat()]).sums
+    assert not conditioning.repeat(2, num_samples=2).sums
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the tracer looks at every input's
@@ -195,14 +198,14 @@ def test_a_compiled_network_leaves_the_sum_to_autograd_and_says_so(unet, caplog)
     fused_attention._say.cache_clear()
     run, last = Run(unet), Trajectory(num_steps=6, grad_steps=(5,))
 
-    def two_steps(text_kv):
-        ends = [run.latents(text_kv, trajectory=last, start=run.noise * scale) for scale in (1, 2)]
+    def two_steps(conditioning):
+        ends = [run.latents(conditioning, trajectory=last, start=run.noise * scale) for scale in (1, 2)]
         return run.grad(score(sum(ends)))
 
-    text_kv, want = run.project(), two_steps(run.project())
+    conditioning, want = run.project(), two_steps(run.project())
     run.unet = torch.compile(unet, backend="aot_eager", fullgraph=True)
     with caplog.at_level(logging.WARNING):
-        got = two_steps(text_kv)
+        got = two_steps(conditioning)
     for ours, expected in zip(got, want, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert [record.message for record in caplog.records if "in a graph of torch.compile" in record.message]

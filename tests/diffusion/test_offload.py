@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.treatments import carry_out
-from fastcraft.diffusion.unroll import predict_noise
+from fastcraft.families.unet import UNetNetwork
+from tests.diffusion.texts import condition
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -13,9 +13,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("ops", ["attention", "attention+conv"])
 def test_offloading_on_a_gpu_gives_the_gradient_and_frees_the_device(tiny_parts, ops):
     unet = tiny_parts.components.unet.to("cuda")
+    network, time = UNetNetwork(module=unet), torch.tensor(9, device="cuda")
     torch.manual_seed(0)
     with torch.no_grad():
-        kv = project_text(unet, torch.randn(16, 77, 32, device="cuda"))
+        text = condition(unet, torch.randn(16, 77, 32, device="cuda"))
     latents = torch.randn(16, 4, 32, 32, device="cuda")
 
     def step(treatment):
@@ -26,7 +27,7 @@ def test_offloading_on_a_gpu_gives_the_gradient_and_frees_the_device(tiny_parts,
         for _ in range(3):  # a chain, so that several regions are on their way at once
             out = carry_out(
                 treatment,
-                lambda y: y + 0.1 * predict_noise(unet, y, torch.tensor(9, device="cuda"), kv, guided=False),
+                lambda y: y + 0.1 * network.predict(y, time, text, guided=False),
                 out,
                 module=unet,
             )

@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastcraft.diffusion.decode import decode
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers.ddim import ddim
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.unroll import denoise
 from fastcraft.errors import UserError
+from fastcraft.families.unet import UNetNetwork, use_text_kv
 from fastcraft.memory.policies import POLICIES, make_policy
 from fastcraft.records import Trajectory
 from fastcraft_kernels.backend import current_backend
 from tests.diffusion.narrow_models import CONFIGS, make_narrow
+from tests.diffusion.texts import condition
 
 
 def call(narrow, latents, inputs, timestep=300):
@@ -152,8 +153,8 @@ RUNNABLE = (
 
 
 def test_no_policy_is_forgotten():
-    """Offloading needs a GPU; `auto` chooses among the others."""
-    assert {name.partition(":")[0] for name in RUNNABLE} | {"offload", "auto"} == set(POLICIES.names())
+    """Offloading needs a GPU."""
+    assert {name.partition(":")[0] for name in RUNNABLE} | {"offload"} == set(POLICIES.names())
 
 
 @pytest.mark.parametrize("policy", RUNNABLE)
@@ -168,9 +169,8 @@ def test_unrolled_gradient_under_every_policy(name, policy, vae, tiny_parts):
     inputs = [torch.randn(rows, 7, 24, requires_grad=True) for rows in (2, 1)]
 
     def run():
-        text_kv = project_text(unet, *inputs)
         latents = denoise(
-            unet, noise, sampler=sampler, text_kv=text_kv, prefix_kv=text_kv.detach(), guidance_scale=3.0,
+            UNetNetwork(module=unet), noise, condition(unet, *inputs), sampler=sampler, guidance_scale=3.0,
             trajectory=Trajectory(num_steps=3, grad_steps=(1, 2), input_grad=not plan.batched), plan=plan,
         )  # fmt: skip
         pictures = decode(vae, latents, plan)
@@ -312,7 +312,7 @@ def test_calls_that_a_patched_block_cannot_serve():
     with Patch(narrow.unet, backend="reference"):
         with pytest.raises(ValueError, match="attention_mask must be None in a patched UNet, got a tensor of shape"):
             narrow.unet(latents, 1, text, encoder_attention_mask=torch.ones(1, 7))
-        with pytest.raises(ValueError, match=r"attn2' got neither text_kv nor encoder_hidden_states"):
+        with pytest.raises(ValueError, match=r"attn2' got neither conditioning nor encoder_hidden_states"):
             narrow.unet(latents, 1, None)
         narrow.unet.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(2)
         with pytest.raises(ValueError, match="a patched block has no chunked feed-forward, got 2"):

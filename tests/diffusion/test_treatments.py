@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastcraft.diffusion.offload import offload_contexts
-from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.treatments import carry_out, is_one_of
-from fastcraft.diffusion.unroll import predict_noise
 from fastcraft.errors import UserError
+from fastcraft.families.unet import UNetNetwork
+from tests.diffusion.texts import condition
 
 KINDS = ("attention", "conv", "linear", "norm")
 
@@ -35,10 +35,10 @@ def step(unet, context_fn=None, treatment="keep"):
     torch.manual_seed(0)
     latents = torch.randn(1, 4, 8, 8, requires_grad=True)
     with torch.no_grad():
-        kv = project_text(unet, torch.randn(1, 77, 32))
+        text = condition(unet, torch.randn(1, 77, 32))
 
     def call(x):
-        return predict_noise(unet, x, torch.tensor(9), kv, guided=False)
+        return UNetNetwork(module=unet).predict(x, torch.tensor(9), text, guided=False)
 
     with Count() as forward:
         if context_fn is None:

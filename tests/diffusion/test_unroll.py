@@ -4,19 +4,21 @@ import pytest
 import torch
 
 from fastcraft.diffusion.samplers.ddim import ddim
-from fastcraft.diffusion.text_kv import project_text
 from fastcraft.diffusion.unroll import _regions, denoise
 from fastcraft.families.image_model import ImageModel
-from fastcraft.memory.plan import KEEP, CheckpointPlan
+from fastcraft.families.unet import UNetNetwork
+from fastcraft.memory.plan import KEEP, RECOMPUTE, CheckpointPlan
 from fastcraft.memory.policies import make_policy
-from fastcraft.records import PromptEmbeds, Trajectory
+from fastcraft.records import Trajectory
+from tests.diffusion.texts import condition, embeds
 
 
 def model(parts, **options):
     components = parts.components
     return ImageModel(
-        unet=components.unet, vae=components.vae, guidance_scale=2.0, latent_shape=components.latent_shape,
-        sampler=ddim(components.schedule, num_inference_steps=4, eta=0.5), device=torch.device("cpu"), **options,
+        network=UNetNetwork(module=components.unet), vae=components.vae, guidance_scale=2.0,
+        latent_shape=components.latent_shape, device=torch.device("cpu"),
+        sampler=ddim(components.schedule, num_inference_steps=4, eta=0.5), **options,
     )  # fmt: skip
 
 
@@ -39,25 +41,23 @@ def test_a_run_in_two_parts_gives_the_bits_of_one(tiny_parts):
     images = model(tiny_parts)
     torch.manual_seed(0)
     with torch.no_grad():
-        kv, prefix_kv = (
-            images.text_kv(PromptEmbeds(cond=torch.randn(2, 77, 32), uncond=torch.randn(1, 77, 32))) for _ in range(2)
-        )
+        text = images.condition(embeds(torch.randn(2, 77, 32), torch.randn(1, 77, 32)))
     latents, noises = images.noise([1, 2])
     options = {"trajectory": Trajectory(num_steps=4, grad_steps=(2, 3)), "plan": CheckpointPlan(steps=(KEEP,) * 2)}
-    whole = images.denoise(latents, text_kv=kv, prefix_kv=prefix_kv, noises=noises, **options)
-    begun = images.prefix(latents, prefix_kv=prefix_kv, num_steps=2, noises=noises)
+    whole = images.denoise(latents, text, noises=noises, **options)
+    begun = images.prefix(latents, text, num_steps=2, noises=noises)
     assert not begun.is_inference()
-    assert torch.equal(images.denoise(begun, text_kv=kv, prefix_kv=kv, noises=noises, start=2, **options), whole)
+    assert torch.equal(images.denoise(begun, text, noises=noises, start=2, **options), whole)
 
 
 def test_the_prefix_runs_in_inference_mode_and_the_rest_does_not(tiny_parts):
     seen, calls = [], []
     images = model(tiny_parts, on_step=lambda: calls.append(1))
-    images.unet.register_forward_hook(lambda module, args, out: seen.append(out[0].is_inference()))
-    kv = images.text_kv(PromptEmbeds(cond=torch.randn(1, 77, 32), uncond=torch.randn(1, 77, 32)))
+    images.network.module.register_forward_hook(lambda module, args, out: seen.append(out[0].is_inference()))
+    text = images.condition(embeds(torch.randn(1, 77, 32), torch.randn(1, 77, 32)))
     latents, noises = images.noise([1])
     images.denoise(
-        latents, text_kv=kv, prefix_kv=kv.detach(), noises=noises, trajectory=Trajectory(num_steps=4, grad_steps=(3,)),
+        latents, text, noises=noises, trajectory=Trajectory(num_steps=4, grad_steps=(3,)),
         plan=CheckpointPlan(steps=(KEEP,)),
     )  # fmt: skip
     assert seen == [True, True, True, False]
@@ -66,11 +66,22 @@ def test_the_prefix_runs_in_inference_mode_and_the_rest_does_not(tiny_parts):
 
 def test_a_plan_of_another_length_is_refused(tiny_parts):
     images = model(tiny_parts)
-    kv = images.text_kv(PromptEmbeds(cond=torch.randn(1, 77, 32), uncond=torch.randn(1, 77, 32)))
+    text = images.condition(embeds(torch.randn(1, 77, 32), torch.randn(1, 77, 32)))
     with pytest.raises(ValueError, match="plan has 2 steps, trajectory 1"):
         images.denoise(
-            images.noise([1])[0], text_kv=kv, prefix_kv=kv, trajectory=Trajectory(num_steps=4, grad_steps=(3,)),
+            images.noise([1])[0], text, trajectory=Trajectory(num_steps=4, grad_steps=(3,)),
             plan=CheckpointPlan(steps=(KEEP, KEEP)),
+        )  # fmt: skip
+
+
+def test_batches_of_steps_with_a_trained_network_are_refused(tiny_parts):
+    images = model(tiny_parts)
+    images.network.module.conv_in.bias.requires_grad_()
+    text = images.condition(embeds(torch.randn(1, 77, 32), torch.randn(1, 77, 32)))
+    with pytest.raises(ValueError, match=r"would lose a trained network's gradient, got 2"):
+        images.denoise(
+            images.noise([1])[0], text, plan=CheckpointPlan(steps=(RECOMPUTE,), batched=2),
+            trajectory=Trajectory(num_steps=4, grad_steps=(3,), input_grad=False),
         )  # fmt: skip
 
 
@@ -123,9 +134,9 @@ def test_equals_the_loop_written_out(tiny_parts, options, guidance_scale, eta, p
     guided = guidance_scale != 1
 
     def ours():
-        kv = project_text(unet, cond, uncond if guided else None)
+        text = condition(unet, cond, uncond if guided else None)
         return denoise(
-            unet, noise, sampler=sampler, text_kv=kv, prefix_kv=kv.detach(), guidance_scale=guidance_scale,
+            UNetNetwork(module=unet), noise, text, sampler=sampler, guidance_scale=guidance_scale,
             trajectory=trajectory, plan=make_policy(policy).plan(len(trajectory.grad_steps)), noises=noises,
         )  # fmt: skip
 
