@@ -12,6 +12,7 @@ FLOORS = {
     "fastcraft.recipe": 1, "fastcraft.config": 2,
     "fastcraft.memory": 2, "fastcraft.weights": 2,
     "fastcraft.data": 3, "fastcraft.text": 3, "fastcraft.diffusion": 3, "fastcraft.rewards": 3,
+    "fastcraft.trained": 3,
     "fastcraft.families": 4,
     "fastcraft.objectives": 5, "fastcraft.engine": 5, "fastcraft.evaluation": 5, "fastcraft.shapes": 5,
     "fastcraft.forecast": 6, "fastcraft.policy": 7, "fastcraft.assemble": 8, "fastcraft.evaluator": 9,
