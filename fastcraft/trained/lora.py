@@ -171,7 +171,8 @@ def _adapter(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear | nn.Con
 
 def _cast(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in ``x``'s dtype; under autocast torch does that itself, once for all uses."""
-    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
+    autocasts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # it does not know that device
+    return weight if autocasts else weight.to(x.dtype)
 
 
 def _refuse_gradients() -> None:
