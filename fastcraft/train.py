@@ -77,7 +77,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> int:
     from fastcraft.engine.interrupt import PREEMPTED_EXIT_CODE, StopRequested
     from fastcraft.engine.zero2 import init_distributed
     from fastcraft.trainer import TrainingFailed
-    from fastcraft.weights.export import ExportError
+    from fastcraft.weights.report import ExportError
 
     ds_config = load_ds_config(args.ds_config)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
@@ -175,6 +175,7 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
             trainer.restore(checkpoint)
         trainer.run()
     weights = engine.weights()
+    engine.close()
     if rank() == 0:
         _finish(recipe, parts, run_dir, trainer, weights)
 

@@ -22,7 +22,12 @@ FLOORS = {
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},
-    "diffusers": {"fastcraft/families/components.py", "fastcraft/diffusion/patch.py", "fastcraft/shapes/"},
+    "diffusers": {
+        "fastcraft/families/components.py",
+        "fastcraft/diffusion/patch.py",
+        "fastcraft/shapes/",
+        "fastcraft/weights/verify.py",
+    },
     "xformers": {"kernels/fastcraft_kernels/attention/providers.py"},
     "triton": {
         "kernels/fastcraft_kernels/testing.py",

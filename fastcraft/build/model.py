@@ -20,6 +20,8 @@ from fastcraft.text.encoder import TextEncoder, recompute_layers
 from fastcraft.text.prompt_encoder import PromptEncoder
 from fastcraft.trained.lora import TEXT_TARGETS, UNET_CONV_TARGETS, UNET_LINEAR_TARGETS, UNET_TARGETS, inject_lora
 from fastcraft.trained.trained_set import TrainedPart, TrainedSet, frozen_copy
+from fastcraft.weights.parts import apply_weights
+from fastcraft.weights.readers import read_weights
 
 NOT_TRAINED = TrainedConfig(mode="none")
 _UNET_PRESETS = {(): UNET_TARGETS, ("linear",): UNET_LINEAR_TARGETS, ("linear+conv",): UNET_CONV_TARGETS}
@@ -153,10 +155,8 @@ def _unet_part(
 def _begin_at(model: Any, config: TrainedConfig, part: str) -> None:
     """Put the weights of ``start`` into the model."""
     if config.start:
-        from fastcraft.weights.readers import apply_weights, read_weights
-
         with named(f"trained.{part}.start: "):
-            apply_weights(model, read_weights(config.start, part, model))
+            apply_weights(model, read_weights(config.start, part, [name for name, _ in model.named_modules()]))
 
 
 def _adapt(model: Any, config: TrainedConfig, part: str, presets: dict[Any, tuple[str, ...]]) -> None:

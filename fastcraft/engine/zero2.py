@@ -142,7 +142,7 @@ class Zero2Engine:
         self.module = module
         self._updates = 0
         self._awaits_step = self._closes = self._is_watching = self.gradient_arrived = False
-        (watched or module).register_forward_hook(self._watch)
+        self._hook = (watched or module).register_forward_hook(self._watch)
         self._set_masters(exact if exact is not None else {})
         self._make_moments()
 
@@ -371,7 +371,8 @@ class Zero2Engine:
         self._set_updates(int(state["step"]))
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the module; the module stays usable."""
+        """Take all hooks off the module; the module stays usable."""
+        self._hook.remove()
         self._engine.destroy()
 
     def _check_fits(self, state: Mapping[str, Tensor]) -> None:

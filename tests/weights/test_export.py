@@ -1,61 +1,21 @@
-"""Exports, loaded the way other programs load them."""
+"""Exports of whole weights, loaded the way other programs load them."""
 
 import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastcraft.errors import UserError
-from fastcraft.weights import export
-from fastcraft.weights.export import ExportError, export_lora, export_text_encoder
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-@pytest.fixture
-def make_lora(make_text_model):
-    def make(rank=4, alpha=16):
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)
-        model = inject_adapter_in_model(config, make_text_model())
-        for name, param in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(param, std=0.1)
-        return model
-
-    return make
-
-
-@pytest.fixture
-def base_pipeline(make_text_model, tokenizer_folder, tmp_path):
-    """Folder of a Stable Diffusion pipeline made of tiny random parts."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
-        attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=make_text_model(), tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder), unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def load_pipeline(folder, **parts):
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True, **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+from fastcraft.diffusion.patch import Patch
+from fastcraft.diffusion.text_kv import use_text_kv
+from fastcraft.trained.lora import UNET_TARGETS, inject_lora
+from fastcraft.weights.export import ExportError, export_text_encoder, export_unet
+from fastcraft.weights.verify import outputs, same
+from tests.diffusion.narrow_models import make_narrow
+from tests.weights.conftest import fill_b
 
 
 @torch.no_grad()
@@ -63,11 +23,17 @@ def embed(model, input_ids):
     return model.eval()(input_ids).last_hidden_state
 
 
-def test_full_encoder_reloads_bit_exactly(make_text_model, tokenizer_folder, tmp_path, input_ids, base_pipeline):
+def picture(pipeline):
+    return pipeline("a cat", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+
+
+def test_full_encoder_reloads_bit_exactly(
+    make_text_model, tokenizer_folder, tmp_path, input_ids, base_pipeline, load_pipeline
+):
     trained = make_text_model(seed=5).train()
     report = export_text_encoder(trained, tokenizer_folder, tmp_path / "export", reference_ids=input_ids)
     assert report.exact
-    assert "bit-exact" in str(report)
+    assert "embeddings bit-exact" in str(report)
     assert trained.training
     folder = tmp_path / "export" / "text_encoder"
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -80,15 +46,10 @@ def test_full_encoder_reloads_bit_exactly(make_text_model, tokenizer_folder, tmp
     assert torch.equal(embed(reloaded, input_ids), embed(trained, input_ids))
     pipeline = load_pipeline(base_pipeline, text_encoder=reloaded)
     assert torch.equal(embed(pipeline.text_encoder, input_ids), embed(trained, input_ids))
-    image = pipeline(
-        "a cat", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
-    ).images
-    plain = load_pipeline(base_pipeline)("a cat", num_inference_steps=2, output_type="np",
-                                         generator=torch.Generator().manual_seed(0)).images  # fmt: skip
-    assert abs(image - plain).max() > 0
+    assert abs(picture(pipeline) - picture(load_pipeline(base_pipeline))).max() > 0
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "export" / "tokenizer")
     assert tokenizer("a cat").input_ids == pipeline.tokenizer("a cat").input_ids
-    assert len((tmp_path / "export" / "README.md").read_text().splitlines()) == 3
+    assert len((tmp_path / "export" / "README.md").read_text().splitlines()) == 2
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", "text_encoder", "tokenizer"]
 
 
@@ -104,63 +65,109 @@ def test_half_precision_exports_say_how_far_they_are(dtype, make_text_model, tok
     assert 0 < report.max_abs_error < 0.1
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 16), (4, 6)])
-def test_both_lora_variants_reload_in_diffusers(rank, alpha, make_lora, tmp_path, input_ids, base_pipeline):
-    trained = make_lora(rank, alpha)
-    reports = export_lora(trained, tmp_path, reference_ids=input_ids, title="test")
-    assert [report.path.name for report in reports] == ["pytorch_lora_weights.safetensors", "kohya.safetensors"]
-    expected = embed(trained, input_ids)
-    for report in reports:
-        pipeline = load_pipeline(base_pipeline)
-        before = embed(pipeline.text_encoder, input_ids)
-        kohya = report.path.name == "kohya.safetensors"  # the other one is what a reader takes without being told
-        pipeline.load_lora_weights(report.path.parent, **({"weight_name": report.path.name} if kohya else {}))
-        distance = (embed(pipeline.text_encoder, input_ids) - expected).abs().max()
-        assert distance <= 2e-6 * expected.abs().max()
-        if alpha / rank == 4:  # a power of two is multiplied into B without rounding
-            assert distance == 0
-            assert report.exact
-        assert (before - expected).abs().max() > 0.1, "the adapters must matter"
-    with safe_open(tmp_path / "lora" / "kohya.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(rank), str(alpha))
-    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert str(tmp_path) not in json.dumps(metadata)
-
-
-def test_adapters_are_merged_into_a_full_export(make_lora, tokenizer_folder, tmp_path, input_ids):
-    trained = make_lora()
+@pytest.mark.parametrize("peft", [False, True], ids=["ours", "peft"])
+def test_adapters_are_merged_into_a_full_export(peft, make_lora, tokenizer_folder, tmp_path, input_ids):
+    trained = make_lora(peft=peft)
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     report = export_text_encoder(trained, tokenizer_folder, tmp_path, reference_ids=input_ids)
     reloaded = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
     assert torch.allclose(embed(reloaded, input_ids), embed(trained, input_ids), atol=1e-5)
-    assert 0 <= report.max_abs_error < 1e-5
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+    assert 0 < report.max_abs_error < 1e-5
+    assert same(trained.state_dict(), before)
+
+
+def test_a_second_encoder_keeps_its_projection(tokenizer_folder, tmp_path, input_ids):
+    torch.manual_seed(3)
+    config = CLIPTextConfig(
+        vocab_size=516, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=24, bos_token_id=514, eos_token_id=515, pad_token_id=0,
+    )  # fmt: skip
+    trained = CLIPTextModelWithProjection(config)
+    report = export_text_encoder(trained, tokenizer_folder, tmp_path, reference_ids=input_ids, part="text_2")
+    assert report.exact
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "text_encoder_2", "tokenizer_2"}
+    with safe_open(tmp_path / "text_encoder_2" / "model.safetensors", framework="pt") as file:
+        assert "text_projection.weight" in file.keys()  # noqa: SIM118
+        assert "text_model.final_layer_norm.bias" in file.keys()  # noqa: SIM118
+    reloaded = CLIPTextModelWithProjection.from_pretrained(tmp_path / "text_encoder_2")
+    assert len(outputs(trained, input_ids)) == 2
+    assert all(
+        torch.equal(*pair) for pair in zip(outputs(reloaded, input_ids), outputs(trained, input_ids), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_unet_reloads(dtype, make_unet, unet_call, tmp_path, base_pipeline, load_pipeline):
+    trained = make_unet(seed=5)
+    trained.register_to_config(_name_or_path=str(tmp_path))
+    report = export_unet(trained, tmp_path, reference_call=unet_call, dtype=dtype)
+    assert report.exact == (dtype == "float32")
+    assert "predictions" in str(report)
+    assert report.num_tensors == len(trained.state_dict())
+    written = json.loads((tmp_path / "unet" / "config.json").read_text())
+    assert written["_class_name"] == "UNet2DConditionModel"
+    assert str(tmp_path) not in json.dumps(written)
+    reloaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert dict(reloaded.config).keys() >= {k for k in dict(trained.config) if not k.startswith("_")}
+    assert same(
+        reloaded.state_dict(), {n: x.to(getattr(torch, dtype)).float() for n, x in trained.state_dict().items()}
+    )
+    if dtype == "float32":
+        expected = picture(load_pipeline(base_pipeline, unet=trained))
+        assert abs(picture(load_pipeline(base_pipeline, unet=reloaded)) - expected).max() == 0
+        assert abs(picture(load_pipeline(base_pipeline)) - expected).max() > 0
+
+
+def test_a_config_may_be_given(make_unet, unet_call, tmp_path):
+    trained = make_unet()
+    export_unet(trained, tmp_path, reference_call=unet_call, config={**trained.config, "sample_size": 96})
+    assert UNet2DConditionModel.from_pretrained(tmp_path / "unet").config.sample_size == 96
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_unet_in_use_is_exported_merged(name, tmp_path):
+    """With adapters, in bfloat16, patched; SD1's also with its text projected once."""
+    narrow = make_narrow(name)
+    unet = nn.Module.to(narrow.unet, torch.bfloat16)
+    inject_lora(unet, rank=2, alpha=4, targets=UNET_TARGETS)
+    fill_b(unet)
+    if name == "sd15":
+        use_text_kv(unet)
+    call = {
+        "sample": torch.randn(1, 4, 8, 8),
+        "timestep": 300,
+        **narrow.arguments(torch.randn(1, 7, 24), torch.randn(1, 20)),
+    }
+    with Patch(unet, backend="reference"):
+        processors = unet.attn_processors
+        report = export_unet(unet, tmp_path, reference_call=call)
+        assert unet.attn_processors == processors
+    reloaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    expected = outputs(nn.Module.to(unet, torch.float32), call)[0]
+    torch.testing.assert_close(outputs(reloaded, call)[0], expected, rtol=1e-3, atol=1e-4)
+    assert 0 < report.max_abs_error < 0.5 * expected.abs().max()
 
 
 def test_an_export_that_does_not_read_back_is_not_put_in_place(
-    make_text_model, make_lora, tokenizer_folder, tmp_path, input_ids, monkeypatch
+    make_text_model, make_unet, unet_call, tokenizer_folder, tmp_path, input_ids
 ):
     good = make_text_model()
     export_text_encoder(good, tokenizer_folder, tmp_path, reference_ids=input_ids)
     kept = (tmp_path / "text_encoder" / "model.safetensors").read_bytes()
     flawed = make_text_model(seed=5)
     flawed.final_layer_norm.register_forward_hook(lambda module, inputs, output: output * 1.001)  # not in any file
-    with pytest.raises(ExportError, match="embeddings differ"):
+    with pytest.raises(ExportError, match="text_encoder: embeddings differ"):
         export_text_encoder(flawed, tokenizer_folder, tmp_path, reference_ids=input_ids)
     broken = make_text_model()
     nn.init.constant_(broken.final_layer_norm.weight, float("nan"))
     with pytest.raises(ExportError, match="not finite"):
         export_text_encoder(broken, tokenizer_folder, tmp_path, reference_ids=input_ids)
+    unet = make_unet()
+    unet.conv_out.register_forward_hook(lambda module, inputs, output: output * 1.001)
+    with pytest.raises(ExportError, match="unet: predictions differ"):
+        export_unet(unet, tmp_path, reference_call=unet_call)
     assert (tmp_path / "text_encoder" / "model.safetensors").read_bytes() == kept
-    monkeypatch.setattr(export, "lora_to_diffusers", lambda lora, scale: without_alpha(lora))
-    with pytest.raises(ExportError, match="pytorch_lora_weights"):
-        export_lora(make_lora(), tmp_path, reference_ids=input_ids)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "text_encoder", "tokenizer"]
-
-
-def without_alpha(lora):
-    return {f"text_encoder.text_model.{name}": tensor for name, tensor in lora.items()}
 
 
 def test_exporting_again_replaces(make_text_model, tokenizer_folder, tmp_path, input_ids):
@@ -170,8 +177,3 @@ def test_exporting_again_replaces(make_text_model, tokenizer_folder, tmp_path, i
     assert torch.equal(
         embed(CLIPTextModel.from_pretrained(tmp_path / "text_encoder"), input_ids), embed(trained, input_ids)
     )
-
-
-def test_a_model_without_adapters_has_no_lora(make_text_model, tmp_path, input_ids):
-    with pytest.raises(UserError, match="no adapter"):
-        export_lora(make_text_model(), tmp_path, reference_ids=input_ids)
