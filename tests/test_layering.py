@@ -1,25 +1,24 @@
 """The floors: imports go down only, siblings never import each other, heavy packages enter by one door."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
-    "fastcraft_kernels": 0, "fastcraft.errors": 0,
-    "fastcraft.straight_through": 1, "fastcraft.durable": 1, "fastcraft.registry": 1, "fastcraft.records": 1,
-    "fastcraft.memory": 2,
-    "fastcraft.data": 3, "fastcraft.text": 3, "fastcraft.diffusion": 3, "fastcraft.rewards": 3,
-    "fastcraft.weights": 3, "fastcraft.trained": 3,
-    "fastcraft.families": 4,
-    "fastcraft.objectives": 5, "fastcraft.evaluation": 5, "fastcraft.shapes": 5,
-    "fastcraft.recipe": 6, "fastcraft.config": 7,
-    "fastcraft.engine": 8, "fastcraft.forecast": 8,
-    "fastcraft.build": 9,
-    "fastcraft.evaluator": 10, "fastcraft.dry_run": 10, "fastcraft.trainer": 11,
-    "fastcraft.train": 12, "fastcraft.commands": 12, "fastcraft.cli": 13,
-}  # fmt: skip
+
+
+def floors() -> dict[str, int]:
+    """The table of CONTRIBUTING.md: every module or folder and the floor that it stands on."""
+    rows = re.findall(
+        r"^\| (\d+) \| ((?:`\w+`(?:, )?)+) \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE
+    )
+    names = {name: int(floor) for floor, who in rows for name in re.findall(r"`(\w+)`", who)}
+    return {name if name == "fastcraft_kernels" else f"fastcraft.{name}": floor for name, floor in names.items()}
+
+
+FLOORS = floors()
 DOORS = {
     "deepspeed": {"fastcraft/engine/zero2.py"},
     "diffusers": {
@@ -83,7 +82,14 @@ def violations(path: Path, modules: list[str]) -> list[str]:
 def test_imports_go_down_only():
     rows = [row for path in sources() for row in violations(path, imports(path))]
     assert len(sources()) > 20
+    assert len(FLOORS) > 20
     assert rows == []
+
+
+def test_the_table_names_what_is_there_and_nothing_else():
+    folder = ROOT / "fastcraft"
+    there = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert {name.removeprefix("fastcraft.") for name in FLOORS} == there - {"__init__"} | {"fastcraft_kernels"}
 
 
 @pytest.mark.parametrize(
