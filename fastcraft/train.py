@@ -290,8 +290,6 @@ def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer", w
         title=run_dir.name,
         recipe_text=dump_recipe(recipe),
         prompts=parts.prompts.evaluation[: recipe.evaluate.num_samples],
-        before=None,
-        after=None,
         exam_before=evaluations[0]["evaluation"],
         exam_after=evaluations[-1]["evaluation"],
         environment=environment(),

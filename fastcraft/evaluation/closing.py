@@ -1,9 +1,9 @@
-"""The last lines of a run: where everything is, and how to use the trained encoder elsewhere."""
+"""The last lines of a run: where everything is, and how to use what was trained elsewhere."""
 
 import shlex
 from pathlib import Path
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from safetensors import safe_open
 
 
 def closing_lines(run_dir: Path, *, base_model: str, report: Path | None = None) -> str:
@@ -21,33 +21,43 @@ def closing_lines(run_dir: Path, *, base_model: str, report: Path | None = None)
         ("report", report if report.exists() else None),
         ("samples", grids[-1] if grids else None),
         ("curves", f"tensorboard --logdir {shlex.quote(str(events))}" if events.is_dir() else None),
-        ("encoder", run_dir / "export" if (run_dir / "export").is_dir() else None),
+        ("export", run_dir / "export" if (run_dir / "export").is_dir() else None),
     ]
     lines = ["", *(f"{name + ':':<9}{place}" for name, place in places if place is not None)]
     usage = usage_lines(run_dir / "export", base_model=base_model)
     if usage:
-        lines += ["", "Use the encoder in any Stable Diffusion pipeline:", "", *(f"    {line}" for line in usage)]
-    else:
-        lines += ["", f"No encoder was exported to {run_dir / 'export'}."]
+        lines += ["", "Use what was trained in any Stable Diffusion pipeline:", "", *(f"    {line}" for line in usage)]
     return "\n".join(lines)
 
 
 def usage_lines(export_dir: Path, *, base_model: str) -> list[str]:
-    """Python that makes a picture with the exported encoder; empty when ``export_dir`` holds none.
+    """Python that loads the base model with every exported part; empty when ``export_dir`` holds none.
 
-    A full encoder is a transformers folder ``text_encoder/``; a LoRA is ``pytorch_lora_weights.safetensors``.
+    Parts that are trained whole are folders, ``text_encoder/`` and ``unet/``; adapters of all parts are one file in
+    ``lora/``. A text encoder with its adapters merged is there besides them, and is then left out.
     """
-    if (export_dir / "text_encoder" / "config.json").is_file():
-        return [
-            "from diffusers import StableDiffusionPipeline; from transformers import CLIPTextModel",
-            f"encoder = CLIPTextModel.from_pretrained({str(export_dir / 'text_encoder')!r})",
-            f"pipeline = StableDiffusionPipeline.from_pretrained({base_model!r}, text_encoder=encoder, "
-            "dtype=encoder.dtype)",
-        ]
-    if (export_dir / LORA_FILE).is_file():
-        return [
-            "from diffusers import StableDiffusionPipeline",
-            f"pipeline = StableDiffusionPipeline.from_pretrained({base_model!r})",
-            f"pipeline.load_lora_weights({str(export_dir)!r})",
-        ]
-    return []
+    lora = export_dir / "lora" / "pytorch_lora_weights.safetensors"
+    parts = [("text_encoder", "CLIPTextModel", "transformers"), ("unet", "UNet2DConditionModel", "diffusers")]
+    whole = [
+        (name, kind, package)
+        for name, kind, package in parts
+        if (export_dir / name / "config.json").is_file() and not _has_adapters_of(lora, name)
+    ]
+    if not whole and not lora.is_file():
+        return []
+    lines = ["from diffusers import StableDiffusionPipeline"]
+    lines += [f"from {package} import {kind}" for _, kind, package in whole]
+    lines += [f"{name} = {kind}.from_pretrained({str(export_dir / name)!r})" for name, kind, _ in whole]
+    options = "".join(f", {name}={name}" for name, _, _ in whole)
+    dtype = f", dtype={whole[0][0]}.dtype" if whole else ""
+    lines.append(f"pipeline = StableDiffusionPipeline.from_pretrained({base_model!r}{options}{dtype})")
+    if lora.is_file():
+        lines.append(f"pipeline.load_lora_weights({str(lora.parent)!r})")
+    return lines
+
+
+def _has_adapters_of(lora: Path, name: str) -> bool:
+    if not lora.is_file():
+        return False
+    with safe_open(lora, framework="pt") as file:
+        return any(key.startswith(f"{name}.") for key in file.keys())  # noqa: SIM118  it is no mapping

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fastcraft.durable import write_json, write_text
 from fastcraft.errors import UserError
-from fastcraft.evaluation.images import sample_files, sample_steps, save_samples
+from fastcraft.evaluation.images import sample_files, sample_steps
 from fastcraft.evaluation.page import Pair, ReportData, render_page
 from fastcraft.evaluation.record import finite, read_evaluations, read_metrics
 
@@ -48,8 +46,6 @@ def write_report(
     title: str,
     recipe_text: str,
     prompts: Sequence[str],
-    before: Tensor | None,
-    after: Tensor | None,
     exam_before: Mapping[str, float] | None,
     exam_after: Mapping[str, float] | None,
     environment: Mapping[str, Any],
@@ -58,12 +54,10 @@ def write_report(
     before_step: int = 0,
     after_step: int | None = None,
 ) -> Path:
-    """Store what the report needs in the run directory, then write ``report.html`` from there.
+    """Store what the report needs besides metrics and samples in the run directory, then write ``report.html`` there.
 
     Args:
         prompts: B texts, untrusted.
-        before, after: (B, 3, H, W) floating point in [0, 1]; saved as the samples of ``before_step`` and
-            ``after_step``. None = the samples of that step are there already.
         exam_before, exam_after: tables of `evaluate_pictures`, or None.
         command: the line that started the run.
         after_step: None = the last step in metrics.jsonl, or ``before_step`` + 1 without any.
@@ -74,9 +68,6 @@ def write_report(
     metrics = read_metrics(run_dir)
     if after_step is None:
         after_step = metrics[-1]["step"] if metrics else before_step + 1
-    for step, images in ((before_step, before), (after_step, after)):
-        if images is not None:
-            save_samples(images, run_dir, step=step, prompts=prompts)
     inputs = ReportInputs(
         title=title,
         recipe_text=recipe_text,

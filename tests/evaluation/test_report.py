@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from fastcraft.errors import UserError
-from fastcraft.evaluation.images import to_uint8
+from fastcraft.evaluation.images import save_samples, to_uint8
 from fastcraft.evaluation.progress import Progress
-from fastcraft.evaluation.record import RunRecord
+from fastcraft.evaluation.record import RunRecord, read_metrics
 from fastcraft.evaluation.report import main, rebuild_report, write_report
 
 EVIL = '<script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(2)> "\' &amp; \x00\ud800'
@@ -83,13 +83,18 @@ def fill(run_dir, *, num_steps=12):
         record.log_evaluation(num_steps, {"fully_right": 0.75, EVIL: 1.0})
 
 
-def report(run_dir, **changes):
+def report(run_dir, *, before=BEFORE, after=AFTER, before_step=0, after_step=None, **changes):
+    """The report of a run whose samples of the two steps are saved first."""
+    metrics = read_metrics(run_dir)
+    last = after_step if after_step is not None else metrics[-1]["step"] if metrics else before_step + 1
+    for step, images in ((before_step, before), (last, after)):
+        if images is not None:
+            save_samples(images, run_dir, step=step, prompts=changes.get("prompts", PROMPTS))
+    changes |= {"before_step": before_step, "after_step": after_step}
     arguments = {
         "title": f"Run {EVIL}",
         "recipe_text": f'[model]\npath = "shapes"  # {EVIL}\n',
         "prompts": PROMPTS,
-        "before": BEFORE,
-        "after": AFTER,
         "exam_before": {"reward/total": 0.25, "reward_se/total": 0.0625, "fully_right": 0.5, EVIL: 1.0},
         "exam_after": {"reward/total": 0.75, "reward_se/total": 0.125, "fully_right": 0.375, EVIL: float("nan")},
         "environment": {"versions": {"torch": "2.13.0"}, "cpu": EVIL, "devices": [{"name": "H200"}], "cuda": None},
