@@ -5,36 +5,33 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastcraft.diffusion.samplers.ddim import ddim
-from fastcraft.families.image_model import ImageModel
+from fastcraft.families.unet import UNetNetwork
 from fastcraft.memory.plan import RECOMPUTE, CheckpointPlan
 from fastcraft.memory.policies import make_policy
-from fastcraft.records import PromptBatch, Trajectory
+from fastcraft.records import TextEmbeds, Trajectory
+from tests.objectives.build import flat, gradients, one_loss
 
 T = 6
-STOP = {"backprop_steps": 3, "truncation": "spaced", "input_grad": False, "prefix_encoder": "trained"}
+STOP = {"backprop_steps": 3, "truncation": "spaced", "input_grad": False, "prefix_by": "trained"}
 
 
-def run(objective, trained, policy, *, micro_batch=0, draw=0):
+def run(built, policy, *, micro_batch=0, draw=0):
     """(loss, gradient) in float64, but for the latents."""
-    objective.make_plan = lambda depth: make_policy(policy).plan(depth, decode_micro_batch=micro_batch)
-    trained.zero_grad()
-    (output,) = objective.losses(PromptBatch(prompts=["a red cat", "a dog"], indices=[4, 5]), draw=draw)
-    output.loss.backward()
-    return output.loss.detach(), torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None])
+    built.objective.make_plan = lambda depth: make_policy(policy).plan(depth, decode_micro_batch=micro_batch)
+    loss, found = gradients(built.objective, built.trained, draw)
+    return loss, flat(found)
 
 
 @pytest.fixture
-def make(tiny_objective, tiny_parts):
-    def build(*, eta=0.0, guidance=3.0, **settings):
-        objective, trained = tiny_objective(**settings)
-        model, text = objective.model, objective.text
-        text.guided = guidance != 1
-        objective.model = ImageModel(
-            unet=model.unet.double(), vae=model.vae.double(), guidance_scale=guidance, latent_shape=model.latent_shape,
-            sampler=ddim(tiny_parts.components.schedule, num_inference_steps=T, eta=eta), device=model.device,
-        )  # fmt: skip
-        return objective, trained.double()
+def make(tiny_objective):
+    def build(**options):
+        built = tiny_objective(num_steps=T, **options)
+        model = built.objective.model
+        built.trained.double()
+        built.original.double()
+        network = UNetNetwork(module=model.network.module.double())
+        built.objective.model = replace(model, network=network, vae=model.vae.double())
+        return built
 
     return build
 
@@ -46,21 +43,21 @@ def make(tiny_objective, tiny_parts):
         ({"early_stop_steps": 4, "eta": 0.7}, 0),
         ({"guidance": 1.0}, 0),
         ({"uncond_grad": False}, 1),
-        ({"truncation": "last", "backprop_steps": 5, "prefix_encoder": "original"}, 0),
+        ({"truncation": "last", "backprop_steps": 5, "prefix_by": "original"}, 0),
         ({"truncation": "random", "truncation_std": 1.5, "backprop_steps": 4, "eta": 1.0}, 1),
     ],
     ids=["drtune", "early-stop", "unguided", "uncond-and-head-first", "last", "rows-of-their-own"],
 )
 def test_the_gradient_is_that_of_keeping_everything(make, settings, micro_batch):
-    objective, trained = make(**(STOP | settings))
+    built = make(**(STOP | settings))
     calls = []
-    objective.model.unet.register_forward_hook(lambda module, args, out: calls.append(len(out[0])))
+    built.objective.model.network.module.register_forward_hook(lambda module, args, out: calls.append(len(out[0])))
     for draw in (0, 1):
-        loss, expected = run(objective, trained, "none", micro_batch=micro_batch, draw=draw)
+        loss, expected = run(built, "none", micro_batch=micro_batch, draw=draw)
         assert expected.abs().max() > 1e-3
         for policy in ("batched:1", "batched:2", "batched:9"):
             calls.clear()
-            other, gradient = run(objective, trained, policy, micro_batch=micro_batch, draw=draw)
+            other, gradient = run(built, policy, micro_batch=micro_batch, draw=draw)
             assert torch.equal(other, loss)
             assert (gradient - expected).norm() < 1e-12 * expected.norm(), policy
             if policy == "batched:1":
@@ -70,15 +67,14 @@ def test_the_gradient_is_that_of_keeping_everything(make, settings, micro_batch)
 
 
 def test_a_chain_that_starts_late_sends_the_gradient_of_the_steps_it_runs(make):
-    objective, _ = make(**STOP)
-    model = objective.model
+    model = make(**STOP).objective.model
     grads = []
     for policy in ("step", "batched:3"):
-        embeds = objective.text.original(["a"])
-        cond = embeds.cond.detach().double().requires_grad_()
-        kv = model.text_kv(replace(embeds, cond=cond))
+        embeds = model.encode(["a"], by="original")
+        cond = embeds.cond.sequence.detach().double().requires_grad_()
+        text = model.condition(replace(embeds, cond=TextEmbeds(sequence=cond)))
         end = model.denoise(
-            model.noise([1])[0], text_kv=kv, prefix_kv=kv, start=T - 1, plan=make_policy(policy).plan(3),
+            model.noise([1])[0], text, start=T - 1, plan=make_policy(policy).plan(3),
             trajectory=Trajectory(num_steps=T, grad_steps=(T - 3, T - 2, T - 1), input_grad=False),
         )  # fmt: skip
         grads += torch.autograd.grad(end.sum(), cond, allow_unused=True)
@@ -88,20 +84,19 @@ def test_a_chain_that_starts_late_sends_the_gradient_of_the_steps_it_runs(make):
 
 def test_a_second_pass_is_refused(make):
     """It would end with steps still waiting for others."""
-    objective, _ = make(**STOP)
+    objective = make(**STOP).objective
     objective.make_plan = make_policy("batched:2").plan
-    (output,) = objective.losses(PromptBatch(prompts=["a red cat"], indices=[4]), draw=0)
-    output.loss.backward(retain_graph=True)
+    loss = one_loss(objective).loss
+    loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="go backward once"):
-        output.loss.backward()
+        loss.backward()
 
 
 def test_a_chain_with_gradient_through_its_latents_is_refused(make):
-    objective, _ = make(**STOP)
-    model = objective.model
-    kv = model.text_kv(objective.text.original(["a"]))
+    model = make(**STOP).objective.model
+    text = model.condition(model.encode(["a"], by="original"))
     with pytest.raises(ValueError, match=r"plan\.batched needs a trajectory with input_grad = False, got 2"):
         model.denoise(
-            model.noise([1])[0], text_kv=kv, prefix_kv=kv, trajectory=Trajectory(num_steps=T, grad_steps=(4, 5)),
+            model.noise([1])[0], text, trajectory=Trajectory(num_steps=T, grad_steps=(4, 5)),
             plan=CheckpointPlan(steps=(RECOMPUTE,) * 2, batched=2),
         )  # fmt: skip

@@ -1,13 +1,16 @@
 """The head first: the gradient of the whole graph, whatever the loss, the rewards and the draws."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fastcraft.memory.policies import make_policy
 from fastcraft.objectives.head import head_first
-from fastcraft.records import PromptBatch, RewardOutput
+from fastcraft.records import RewardOutput
 from fastcraft.rewards.base import Reward
 from fastcraft.rewards.mix import WeightedRewards
+from tests.objectives.build import batch_of, flat, gradients_of, one_loss
 
 PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 
@@ -124,21 +127,20 @@ def test_a_gradient_that_is_not_finite_reaches_the_encoder():
         {"backprop_steps": 2, "loss": "hinge", "hinge_margin": 2000.0, "loss_scale": 0.1},
         {"backprop_steps": 1, "low_variance_draws": 3},
         {"backprop_steps": 2, "anchor_weight": 5.0},
-        {"backprop_steps": 2, "truncation": "single", "prefix_encoder": "trained"},
+        {"backprop_steps": 2, "truncation": "single", "prefix_by": "trained"},
     ],
     ids=["textcraftor", "hinge", "low-variance", "anchor", "refl"],
 )
 def test_every_method_gives_the_same_gradient_with_the_head_first(tiny_objective, settings):
-    objective, trained = tiny_objective(**settings)
-    texts = ["a red cat", "a blue dog", "a cat"]
+    built = tiny_objective(**settings)
+    built.objective.batches = batch_of(["a red cat", "a blue dog", "a cat"], [4, 5, 6])
     results = []
     for micro_batch in (0, 2):
-        objective.make_plan = lambda depth, micro=micro_batch: make_policy("step").plan(depth, decode_micro_batch=micro)
-        trained.zero_grad()
-        (output,) = objective.losses(PromptBatch(prompts=texts, indices=[4, 5, 6]), draw=1)
+        built.objective.make_plan = partial(make_policy("step").plan, decode_micro_batch=micro_batch)
+        built.trained.zero_grad()
+        output = one_loss(built.objective, draw=1)
         output.loss.backward()
-        gradient = torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None]).double()
-        results.append((output, gradient))
+        results.append((output, flat(gradients_of(built.trained))))
     (whole, expected), (parts, gradient) = results
     torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=1e-7)
     assert parts.metrics.keys() == whole.metrics.keys()

@@ -1,30 +1,31 @@
 """Reused prefixes: the gradient of a fresh one to the bit, and refusals where it would not be."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastcraft.assemble import make_order
+from fastcraft.build.run import build_order
 from fastcraft.config import recipe_from_tree
 from fastcraft.data.order import PromptOrder, reused_index
 from fastcraft.diffusion.prefix_store import MemoryStore, Prefixes
 from fastcraft.errors import UserError
-from fastcraft.records import PromptBatch
+from tests.objectives.build import flat, gradients_of, one_loss
 
 
 def gradients(objective, trained):
     trained.zero_grad()
-    (output,) = objective.losses(PromptBatch(prompts=["a red cat", "a blue dog"], indices=[4, 5]), draw=0)
+    output = one_loss(objective)
     output.loss.backward()
-    return output, torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None])
+    return replace(output, loss=output.loss.detach()), flat(gradients_of(trained))
 
 
 @pytest.mark.parametrize("settings", [{"backprop_steps": 2}, {"backprop_steps": 1, "low_variance_draws": 2}])
 def test_a_reused_prefix_gives_the_bits_of_a_fresh_one(tiny_objective, settings):
-    objective, trained = tiny_objective(prefixes=Prefixes(store=MemoryStore(max_bytes=2**20), context=""), **settings)
-    calls = []
-    objective.model.unet.register_forward_hook(lambda *args: calls.append(1))
+    built = tiny_objective(prefixes=Prefixes(store=MemoryStore(max_bytes=2**20), context=""), **settings)
+    objective, trained, calls = built.objective, built.trained, []
+    objective.model.network.module.register_forward_hook(lambda *args: calls.append(1))
     output, fresh = gradients(objective, trained)
     num_fresh, calls[:] = len(calls), []
     again, reused = gradients(objective, trained)
@@ -33,7 +34,7 @@ def test_a_reused_prefix_gives_the_bits_of_a_fresh_one(tiny_objective, settings)
     assert (output.metrics["prefix_reused"], again.metrics["prefix_reused"]) == (0, 1)
     assert num_fresh - len(calls) == 4 - settings["backprop_steps"]
     with torch.no_grad():
-        for parameter in trained.parameters():
+        for parameter in built.text.parameters():
             parameter.mul_(1.01)
     moved, _ = gradients(objective, trained)
     assert moved.loss != output.loss  # the frozen steps are reused, the steps with gradient are not
@@ -78,7 +79,7 @@ def test_reuse_is_refused_where_the_prefix_is_not_a_fixed_function(tree, message
         recipe(**tree)
 
 
-PARTS = SimpleNamespace(prompts=("a", "b"), image_model=SimpleNamespace(latent_shape=(4, 64, 64)))
+PROMPTS, IMAGES = ("a", "b"), SimpleNamespace(latent_shape=(4, 64, 64))
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,8 @@ PARTS = SimpleNamespace(prompts=("a", "b"), image_model=SimpleNamespace(latent_s
 )
 def test_a_pool_that_cannot_be_served_is_refused(memory, world_size, message):
     with pytest.raises(UserError, match=message):
-        make_order(recipe(prefix_reuse=2, **memory), PARTS, world_size=world_size)
+        build_order(recipe(prefix_reuse=2, **memory), PROMPTS, IMAGES, world_size=world_size)
 
 
 def test_without_reuse_the_pool_does_not_matter():
-    assert make_order(recipe(prefix_pool=7), PARTS, world_size=3).reuse == 1
+    assert build_order(recipe(prefix_pool=7), PROMPTS, IMAGES, world_size=3).reuse == 1
