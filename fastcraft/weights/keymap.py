@@ -19,7 +19,10 @@ PREFIX = "text_model."
 _WRAPPERS = ("module.", "base_model.model.")  # DistributedDataParallel (TextCraftor's files), PEFT
 _BESIDE = ("text_projection.",)  # beside text_model, not inside, where an encoder has it
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-_GROUP = re.compile(r"(?:(?:module|base_model|model|text_model)\.)*(?P<group>.*?layers\.\d+(?=\.)|[^.]+)")
+_GROUP = re.compile(
+    r"(?P<part>(?:text|text_2|unet)\.)?(?:(?:module|base_model|model|text_model)\.)*"
+    r"(?P<group>.*?(?:layers|blocks)\.\d+(?=\.)|[^.]+)"
+)
 _KOHYA = re.compile(
     r"lora_te1?_text_model_encoder_layers_(?P<layer>\d+)_(?P<block>self_attn|mlp)_(?P<linear>[a-z0-9_]+)"
     r"\.(?P<what>lora_down\.weight|lora_up\.weight|alpha)"
@@ -27,9 +30,9 @@ _KOHYA = re.compile(
 
 
 def parameter_group(name: str) -> str:
-    """The part of the encoder that a parameter belongs to: ``"embeddings"``, ``"encoder.layers.3"``, ..."""
+    """What a parameter belongs to: ``"embeddings"``, ``"text.encoder.layers.3"``, ``"unet.down_blocks.0"``, ..."""
     match = _GROUP.match(name)
-    return match["group"] if match else name
+    return f"{match['part'] or ''}{match['group']}" if match else name
 
 
 def to_flat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
