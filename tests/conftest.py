@@ -116,8 +116,8 @@ def tiny_parts(tiny_pipeline: Path) -> SimpleNamespace:
     """Fresh parts of the tiny model, by the loader that loads real ones; ``stock`` is its UNet as diffusers made it."""
     from diffusers import UNet2DConditionModel
 
-    from fastcraft.families.unet import use_text_kv
     from fastcraft.families.components import freeze, load_components
+    from fastcraft.families.unet import use_text_kv
 
     parts = load_components(tiny_pipeline, dtype=torch.float32, device=torch.device("cpu"))
     use_text_kv(parts.unet)

@@ -41,7 +41,11 @@ def make_engine(make_text_model):
     engines = []
 
     def make(
-        config: str = "zero2.json", model: nn.Module | None = None, *, options: Mapping[str, Any] | None = None, **recipe
+        config: str = "zero2.json",
+        model: nn.Module | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        **recipe,
     ) -> Zero2Engine:
         model = model or make_text_model()
         sizes = [param.numel() for param in model.parameters() if param.requires_grad]

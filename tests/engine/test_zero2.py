@@ -172,7 +172,7 @@ def test_bad_input_is_a_clean_error(make_engine, make_text_model):
     mixed.final_layer_norm.bfloat16()
     with pytest.raises(ValueError, match=r"must all be float32 or all bfloat16, got .*bfloat16.*float32"):
         make_engine(model=mixed)
-    with pytest.raises(ValueError, match="must all be float32 or all bfloat16, got .*float16"):
+    with pytest.raises(ValueError, match=r"must all be float32 or all bfloat16, got .*float16"):
         make_engine(model=make_text_model().half())
 
 
