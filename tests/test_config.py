@@ -32,13 +32,10 @@ def test_overrides_reach_sections_and_reward_tables():
 
 def test_textcraftor_has_the_papers_settings():
     recipe = load_recipe("textcraftor_sd15")
-    assert (recipe.sampler.num_inference_steps, recipe.objective.backprop_steps) == (25, 5)
+    assert (recipe.sampler.num_inference_steps, recipe.objective.settings.backprop_steps) == (25, 5)
     assert (recipe.sampler.guidance_scale, recipe.sampler.eta, recipe.train.learning_rate) == (7.5, 0.0, 1e-6)
-    assert (recipe.text.train, recipe.text.prefix_encoder, recipe.text.uncond_encoder) == (
-        "full",
-        "original",
-        "trained",
-    )
+    assert (recipe.text.prefix_encoder, recipe.text.uncond_encoder) == ("original", "trained")
+    assert {name: part.mode for name, part in recipe.trained.items()} == {"text": "full"}
     assert {reward.name: reward.weight for reward in recipe.rewards} == {
         "clip": 50.0, "aesthetic": 3.0, "pickscore": 1.0, "hpsv2": 100.0
     }  # fmt: skip
@@ -49,7 +46,7 @@ def test_textcraftor_has_the_papers_settings():
 def test_refl_has_the_papers_reward():
     recipe = load_recipe("refl_sd15")
     assert [(reward.name, reward.weight) for reward in recipe.rewards] == [("imagereward", 1.0)]
-    assert (recipe.objective.hinge_margin, recipe.objective.loss_scale) == (2.0, 1e-3)
+    assert (recipe.objective.settings.hinge_margin, recipe.objective.settings.loss_scale) == (2.0, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -71,15 +68,29 @@ def test_refl_has_the_papers_reward():
             "train.dtype=bfloat",
             r"train.dtype must be one of 'float32', 'bfloat16', got 'bfloat'; did you mean 'bfloat16'",
         ),
-        ("objective.backprop_steps=26", r"backprop_steps must be at most sampler.num_inference_steps \(25\), got 26"),
-        ("objective.low_variance_draws=2", "low_variance_draws above 1 needs objective.backprop_steps = 1"),
-        ("objective.early_stop_steps=2", "early_stop_steps needs objective.truncation = 'spaced', got 'last'"),
+        ("objective.backprop_steps=26", "objective.backprop_steps must be at most 25 with 25 denoising steps, got 26"),
+        ("objective.low_variance_draws=2", "objective.low_variance_draws above 1 needs backprop_steps = 1"),
+        ("objective.early_stop_steps=2", "objective.early_stop_steps needs truncation = 'spaced', got 'last'"),
         ("evaluate.trained_steps=26", r"trained_steps must be at most sampler.num_inference_steps \(25\), got 26"),
         ("rewards.5.weight=1", "expected an index below 2, got '5'"),
         ("rewards.1.name=clip", "rewards: 'clip' is named twice; give one of them a label"),
         ("rewards.1.label=clip", "rewards: 'clip' is named twice"),
         ("evaluate.held_out_patience=0", "held_out_patience must be at least 1, got 0"),
         ("evaluate.held_out_action=warn", "held_out_action must be one of 'alarm', 'stop', got 'warn'"),
+        ("text.train=lora", "text.train is called trained.text.mode now"),
+        ("text.lora_rank=4", "text.lora_rank is called trained.text.rank now"),
+        ("text.lora_alpha=4", "text.lora_alpha is called trained.text.alpha now"),
+        ("text.gradient_checkpointing=true", "is called trained.text.gradient_checkpointing now"),
+        ("trained.text.mode=half", "trained.text.mode must be one of 'full', 'lora', 'none', got 'half'"),
+        ("trained.text.rank=0", "trained.text.rank must be at least 1, got 0"),
+        ("trained.text.alpha=0", "trained.text.alpha must be greater than 0, got 0.0"),
+        ("trained.text.ema_decay=1", r"trained.text.ema_decay must lie in \[0, 1\), got 1.0"),
+        ("trained.text.mode=none", "trained: at least one part must have a mode other than 'none'"),
+        ("trained.vae.mode=full", "trained: a part is one of text, unet, got 'vae'"),
+        ("trained.unet.gradient_checkpointing=true", "trained.unet.gradient_checkpointing is for text encoders"),
+        ("objective.name=reward_backprob", "objective.name: unknown objective 'reward_backprob'; did you mean"),
+        ("objective.backprop_step=1", r"unknown key 'objective.backprop_step'; did you mean 'backprop_steps'\?"),
+        ("objective.backprop_steps=0", "objective.backprop_steps must be at least 1, got 0"),
         ("train", "expected SECTION.KEY=VALUE, got 'train'"),
         ("seed=1", "expected SECTION.KEY=VALUE, got key 'seed'"),
         ("train.num_steps.x=1", "'num_steps' is a value, not a section"),

@@ -20,8 +20,8 @@ def test_users_own_component_by_path():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("clp", "reward: unknown name 'clp'; did you mean 'clip'"),
-        ("zzz", "reward: unknown name 'zzz'; known: aesthetic, clip"),
+        ("clp", "^unknown reward 'clp'; did you mean 'clip'"),
+        ("zzz", "^unknown reward 'zzz'; known: aesthetic, clip"),
         (":x", "expected 'package.module:name', got ':x'"),
         ("collections:Nothing", "cannot load 'collections:Nothing'"),
     ],

@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_it_promises(recipe, tmp_path, capsys):
     assert any((out / "tensorboard").iterdir())
     assert load_recipe(str(out / "recipe.toml")).train.num_steps == 4
     printed = capsys.readouterr().out
-    assert "exported export/text_encoder: reloaded, largest embedding difference 0.0e+00" in printed
+    assert "exported export/text_encoder: reloaded, largest difference 0.0e+00" in printed
     assert str(out / "report.html") in printed
 
     assert run(recipe, out) == 2
@@ -126,7 +126,7 @@ def test_export_works_in_the_stock_pipeline(recipe, tmp_path, tiny_pipeline):
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_resume_continues_to_the_last_bit(recipe, tmp_path, train):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = ["--set", f"text.train={train}", "--set", "text.lora_rank=2"]
+    settings = ["--set", f"trained.text.mode={train}", "--set", "trained.text.rank=2"]
     assert run(recipe, whole, *settings) == 0
     assert run(recipe, parts, *settings, "--set", "train.num_steps=4", "--set", "evaluate.every=0") == 0
     newest = parts / "checkpoints" / "step-000004"
@@ -158,8 +158,8 @@ def test_frozen_parts_do_not_change_by_a_bit(recipe, tmp_path, monkeypatch):
     original = Trainer.run
 
     def watched(self):
-        parts = self.parts
-        modules = {"unet": parts.components.unet, "vae": parts.components.vae, "original": parts.original}
+        model, text = self.evaluator.model, self.engine.module.parts["text"]
+        modules = {"unet": model.network.module, "vae": model.vae, "original": text.original}
         before = {k: {n: p.clone() for n, p in m.state_dict().items()} for k, m in modules.items()}
         original(self)
         for key, module in modules.items():
@@ -173,17 +173,21 @@ def test_frozen_parts_do_not_change_by_a_bit(recipe, tmp_path, monkeypatch):
 
 def test_an_encoder_that_does_not_learn_is_noticed(recipe, tmp_path, monkeypatch, capsys):
     from fastcraft.families.image_model import ImageModel
+    from fastcraft.records import PromptEmbeds, TextEmbeds
 
-    project = ImageModel.text_kv
+    condition = ImageModel.condition
 
     def cut_off(self, embeds):
         """The classic: the graph to the encoder is lost, the loss still has a gradient function."""
-        embeds = type(embeds)(cond=embeds.cond.detach() + 0 * embeds.cond, uncond=embeds.uncond.detach())
-        return project(self, embeds)
+        cond, uncond = embeds.cond.sequence, embeds.uncond.sequence.detach()
+        lost = TextEmbeds(sequence=cond.detach() + 0 * cond)
+        return condition(self, PromptEmbeds(cond=lost, uncond=TextEmbeds(sequence=uncond)))
 
-    monkeypatch.setattr(ImageModel, "text_kv", cut_off)
+    monkeypatch.setattr(ImageModel, "condition", cut_off)
     assert run(recipe, tmp_path / "run", "--set", "train.weight_decay=0") == 1
-    assert "these groups have no gradient or have not moved: ['embeddings', 'encoder" in capsys.readouterr().err
+    assert (
+        "these groups have no gradient or have not moved: ['text.embeddings', 'text.encoder" in capsys.readouterr().err
+    )
 
 
 BAD_REWARD = '''
@@ -240,10 +244,10 @@ def test_too_many_nan_steps_stop_the_run_with_a_good_checkpoint(recipe, tmp_path
 
 
 def test_a_signal_between_denoising_steps_saves_the_completed_step(recipe, tmp_path, monkeypatch):
-    from fastcraft.diffusion import unroll
+    from fastcraft.families.unet import UNetNetwork
 
     calls = []
-    predict = unroll.predict_noise
+    predict = UNetNetwork.predict
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -252,7 +256,7 @@ def test_a_signal_between_denoising_steps_saves_the_completed_step(recipe, tmp_p
             signal.raise_signal(signal.SIGTERM)
         return predict(*args, **kwargs)
 
-    monkeypatch.setattr(unroll, "predict_noise", counted)
+    monkeypatch.setattr(UNetNetwork, "predict", counted)
     out = tmp_path / "run"
     assert run(recipe, out, "--set", "memory.policy=none") == 143
     assert len(calls) == 10  # nothing more was computed
@@ -286,9 +290,9 @@ class Noted:
 def test_an_accelerated_run_says_so_and_what_ran_slower_once(recipe, tmp_path, monkeypatch, capsys):
     def accelerate(probe, *, compile, cuda_graphs):
         assert (compile, cuda_graphs) == ("prefix", "none")
-        return Noted(probe.model.unet), "kernels.compile = 'prefix': ready after 0 s"
+        return Noted(probe.model.network.module), "kernels.compile = 'prefix': ready after 0 s"
 
-    monkeypatch.setattr("fastcraft.policy.accelerate", accelerate)
+    monkeypatch.setattr("fastcraft.build.plan.accelerate", accelerate)
     assert run(recipe, tmp_path / "run", "--set", "kernels.compile=prefix") == 0
     printed = capsys.readouterr()
     for text in ("'prefix': ready after 0 s", "runs eager on other latents"):
@@ -322,15 +326,15 @@ def bad_inputs(tmp: Path):
         (["--recipe", "shapez"], "unknown recipe 'shapez'; did you mean 'shapes'"),
         (
             ["--set", "objective.backprop_steps=5"],
-            r"backprop_steps must be at most sampler.num_inference_steps \(4\), got 5",
+            "objective.backprop_steps must be at most 4 with 4 denoising steps, got 5",
         ),
         (["--set", "train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
         (["--set", "train.batch_size=-3"], "train.batch_size must be at least 1, got -3"),
         (["--set", "train.nun_steps=1"], "unknown key 'train.nun_steps'; did you mean 'num_steps'"),
-        (["--set", 'rewards.0.name="brightnes"'], "reward: unknown name 'brightnes'; did you mean 'brightness'"),
-        (["--set", 'memory.policy="stop"'], "memory.policy: unknown name 'stop'; did you mean 'step'"),
-        (["--set", 'sampler.name="ddpm"'], "sampler: unknown name 'ddpm'; did you mean 'ddim'"),
-        (["--set", 'objective.name="reward_backprob"'], "objective: unknown name 'reward_backprob'"),
+        (["--set", 'rewards.0.name="brightnes"'], "unknown reward 'brightnes'; did you mean 'brightness'"),
+        (["--set", 'memory.policy="stop"'], "memory.policy: unknown policy 'stop'; did you mean 'step'"),
+        (["--set", 'sampler.name="ddpm"'], "sampler.name: unknown sampler 'ddpm'; did you mean 'ddim'"),
+        (["--set", 'objective.name="reward_backprob"'], "objective.name: unknown objective 'reward_backprob'"),
         (["--set", "model.resolution=17"], "model.resolution must be a multiple of 16, got 17"),
         (["--model", "{tmp}/gone"], "model.path: expected a model folder or a hub id 'owner/name', got"),
         (["--model", "{tmp}/no_model"], "has no readable model_index.json"),

@@ -123,9 +123,10 @@ def networks(args: argparse.Namespace) -> "Networks":
         raise UserError(
             f"--model: expected a diffusers folder or one of {', '.join(MODELS)}, shapes; got {args.model!r}"
         )
-    return networks_from_configs(
-        args.model, configs, towers=towers, dtype=getattr(torch, args.dtype), resolution=args.resolution
-    )
+    with named("--model: "):
+        return networks_from_configs(
+            args.model, configs, towers=towers, dtype=getattr(torch, args.dtype), resolution=args.resolution
+        )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -17,7 +17,10 @@ PREFIX = "text_model."
 
 _WRAPPERS = ("module.", "base_model.model.")  # DistributedDataParallel (TextCraftor's files), PEFT
 _BESIDE = ("text_projection",)  # beside text_model, not inside, where an encoder has it
-_GROUP = re.compile(r"(?:(?:module|base_model|model|text_model)\.)*(?P<group>.*?layers\.\d+(?=\.)|[^.]+)")
+_GROUP = re.compile(
+    r"(?P<part>(?:text|text_2|unet)\.)?(?:(?:module|base_model|model|text_model)\.)*"
+    r"(?P<group>.*?(?:layers|blocks)\.\d+(?=\.)|[^.]+)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +54,9 @@ def part_names(part: str) -> PartNames:
 
 
 def parameter_group(name: str) -> str:
-    """The part of the encoder that a parameter belongs to: ``"embeddings"``, ``"encoder.layers.3"``, ..."""
+    """What a parameter belongs to: ``"embeddings"``, ``"text.encoder.layers.3"``, ``"unet.down_blocks.0"``, ..."""
     match = _GROUP.match(name)
-    return match["group"] if match else name
+    return f"{match['part'] or ''}{match['group']}" if match else name
 
 
 def flat_name(name: str) -> str:

@@ -19,7 +19,10 @@ def test_rewards_are_listed_with_their_files(capsys):
     assert rows["callable"][1:3] == ["if", "stated"]
     for file in ("HPS_v2.1_compressed.pt from hub xswu/HPSv2", "ImageReward.pt from hub THUDM/ImageReward"):
         assert file in out
-    assert "not in " in out or "found: " in out
+    files = [released for name in REWARDS.names() for released in REWARDS.get(name).files]
+    places = [line.strip() for line in out.splitlines() if line.strip().startswith(("found: ", "not in "))]
+    assert [line.startswith("found: ") for line in places] == [bool(released.cached()) for released in files]
+    assert len(files) > 5
 
 
 def test_what_is_found_is_said(capsys, monkeypatch, tmp_path):
@@ -32,6 +35,9 @@ def test_what_is_found_is_said(capsys, monkeypatch, tmp_path):
     (tmp_path / "checkpoints" / RELEASED_HEAD.name).write_bytes(b"x")
     assert main(["info", "--rewards"]) == 0
     assert f"found: {tmp_path / 'checkpoints' / RELEASED_HEAD.name}" in capsys.readouterr().out
+    (tmp_path / "checkpoints" / RELEASED_HEAD.name).unlink()
+    assert main(["info", "--rewards"]) == 0
+    assert f"{RELEASED_HEAD.name} from {RELEASED_HEAD.origin}\n" + " " * 15 + "not in " in capsys.readouterr().out
 
 
 def test_info_needs_a_topic(capsys):
@@ -39,11 +45,24 @@ def test_info_needs_a_topic(capsys):
     assert "one of --rewards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", [*COMMANDS.values(), *TOPICS.values()])
-def test_every_entry_is_a_module_with_what_it_needs(path):
-    module = importlib.import_module(path)
-    assert callable(module.add_arguments)
-    assert callable(module.run)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_own_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: fastcraft {name} ")
+    assert " ".join(importlib.import_module(COMMANDS[name]).HELP.split()) in " ".join(out.split())
+
+
+@pytest.mark.parametrize("flag", TOPICS)
+def test_every_topic_has_its_flag_and_is_run_by_it_alone(flag, capsys, monkeypatch):
+    ran = []
+    for topic, path in TOPICS.items():
+        monkeypatch.setattr(f"{path}.run", lambda args, topic=topic: ran.append(topic) or 0)
+    option = "--" + flag.replace("_", "-")
+    assert main(["info", option, *(["x"] if flag == "model" else [])]) == 0
+    assert ran == [flag]
 
 
 def test_help_and_a_wrong_command(capsys):

@@ -107,7 +107,7 @@ def test_counts_of_a_detector_are_printed(score, folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--rewards", "brightnes"], "unknown name 'brightnes'; did you mean 'brightness'"),
+        (["--rewards", "brightnes"], "unknown reward 'brightnes'; did you mean 'brightness'"),
         (["--rewards", " , "], "--rewards: at least one name is required, got ' , '"),
         (["--rewards", "brightness,clip,brightness"], "--rewards: each name once, got 'brightness' 2 times"),
         (["--rewards", "brightness", "--set", "clip.path=x"], "expected REWARD.KEY=VALUE with a reward of --rewards"),

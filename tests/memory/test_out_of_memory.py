@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcraft.diffusion import unroll
+from fastcraft.families.unet import UNetNetwork
 from fastcraft.text.encoder import TextEncoder
 from fastcraft.train import main
 
@@ -85,11 +85,11 @@ def unbroken(recipe, tmp_path_factory):
 
 
 class Full:
-    """Stands in for `predict_noise`: the first call with gradient runs out of memory, there or in its backward."""
+    """Around `UNetNetwork.predict`: the first call with gradient runs out of memory, there or in its backward."""
 
     def __init__(self, monkeypatch, where, times=1):
-        self.predict, self.where, self.left = unroll.predict_noise, where, times
-        monkeypatch.setattr(unroll, "predict_noise", self)
+        self.predict, self.where, self.left = UNetNetwork.predict, where, times
+        monkeypatch.setattr(UNetNetwork, "predict", lambda *args, **kwargs: self(*args, **kwargs))
 
     def __call__(self, *args, **kwargs):
         output = self.predict(*args, **kwargs)
@@ -133,7 +133,7 @@ def test_memory_that_runs_out_inside_the_encoder_ends_the_run(recipe, tmp_path, 
     monkeypatch.setattr(TextEncoder, "forward", failing)
     assert run(recipe, tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert "out of memory in the text encoder's backward, where gradients are being added up" in error
+    assert "out of memory in the backward pass of a trained part, where gradients are being added up" in error
     assert "Tried to allocate 20.00 MiB" in error
 
 

@@ -60,3 +60,8 @@ def test_parameter_groups():
     assert parameter_group("final_layer_norm.bias") == "final_layer_norm"
     assert parameter_group("model.text_model.final_layer_norm.bias") == "final_layer_norm"
     assert parameter_group("weight") == "weight"
+    assert parameter_group("text.model.embeddings.token_embedding.weight") == "text.embeddings"
+    assert parameter_group("text_2.model.final_layer_norm.bias") == "text_2.final_layer_norm"
+    assert parameter_group("text.model.encoder.layers.3.mlp.fc1.lora_A.weight") == "text.encoder.layers.3"
+    assert parameter_group("unet.conv_in.weight") == "unet.conv_in"
+    assert parameter_group("unet.down_blocks.1.attentions.0.transformer_blocks.0.ff.x") == "unet.down_blocks.1"
