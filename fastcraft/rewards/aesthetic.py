@@ -27,6 +27,9 @@ RELEASED_HEAD = ReleasedFile(
 class AestheticReward(TowerReward):
     """Predicted mean rating of a picture, nominally 1 to 10; Stable Diffusion 1.5 scores 5.2 to 5.5.
 
+    Official preprocessing, of OpenAI's CLIP: the short side of the 8-bit picture becomes 224 by bicubic, then the
+    centre is cut out (`placement` ``crop``).
+
     Args:
         tower: the CLIP model the head was trained on (OpenAI ViT-L/14 for the released head).
         head: see `load_head`; kept in float32 whatever the tower's dtype.

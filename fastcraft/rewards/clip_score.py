@@ -18,6 +18,10 @@ class ClipReward(TowerReward):
     Numbers in print differ in backbone, prefix and scale; `settings` records all three. TextCraftor's external CLIP
     constraint is this with scale 100 and OpenCLIP ViT-g-14.
 
+    Official preprocessing, of OpenAI's CLIP and of open_clip: the short side of the 8-bit picture becomes the model's
+    size by bicubic, then the centre is cut out (`placement` ``crop``). Scores made with transformers'
+    ``CLIPProcessor``, as torchmetrics makes them, round half a pixel of the crop down.
+
     Args:
         tower: the CLIP model.
         scale: factor on the cosine; 1 = the plain cosine.

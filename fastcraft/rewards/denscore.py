@@ -30,6 +30,12 @@ class DenscoreReward(TowerReward):
     The mean is of unit vectors and is not normalised again. Reported numbers are usually times 100. LongAlign's own
     code splits at any full stop, decimals too; here sentences are split and a longer one is cut between words.
 
+    Official preprocessing: LongAlign's training code cuts 504 x 504 pixels out at random, against blocky pictures, and
+    squeezes them to 224 by bilinear, which is an augmentation and no score. Here it is that of the processor whose
+    tokenizer it names, transformers' ``CLIPProcessor``, as for PickScore: short side to 224 by bicubic, the centre cut
+    out, half a pixel rounded down (`placement` ``crop_floor``); the text, which is not cleaned (no ftfy, no
+    unescaping), with accents composed, white space collapsed and letters lowered, 77 tokens for each segment.
+
     Args:
         tower: the CLIP model.
         options: see `TowerReward`.
@@ -40,6 +46,7 @@ class DenscoreReward(TowerReward):
     name = "denscore"
     uses_prompt = True
     score_range = "[-1, 1]; 0.2 to 0.24 in the paper's table"
+    fit = "crop_floor"
     files = (
         ReleasedFile(name="model.safetensors", repo=REPO),
         ReleasedFile(name="tokenizer.json", repo=LAION_CLIP_H),

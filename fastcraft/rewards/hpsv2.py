@@ -19,6 +19,11 @@ class HPSv2Reward(TowerReward):
 
     The released file has open_clip's names; it is mapped to transformers' ``CLIPModel`` when read.
 
+    Official preprocessing, of the authors' open_clip: the long side of the picture, as a float tensor, becomes 224 by
+    bicubic without a clamp, and the rest is black (`placement` ``pad``).
+    The resize is antialiased, as torchvision does it from 0.17 on. A picture whose long side
+    is 224 already is officially not padded, and then fits no model; here it is padded too.
+
     Args:
         tower: the CLIP model.
         options: see `TowerReward`.
@@ -29,6 +34,7 @@ class HPSv2Reward(TowerReward):
     name = "hpsv2"
     uses_prompt = True
     score_range = "[-1, 1]; Stable Diffusion 1.4 gives about 0.27"
+    fit = "pad"
     files: ClassVar[tuple[ReleasedFile, ...]] = (ReleasedFile(name="HPS_v2_compressed.pt", repo=REPO),)
 
     def __init__(self, tower: ClipTower, **options: Any) -> None:
@@ -51,7 +57,10 @@ class HPSv2Reward(TowerReward):
 
 
 class HPSv21Reward(HPSv2Reward):
-    """The same with the v2.1 weights; scores of the two versions are not comparable."""
+    """The same with the v2.1 weights; scores of the two versions are not comparable.
+
+    Official preprocessing: that of v2.
+    """
 
     name = "hpsv2.1"
     score_range = "[-1, 1]; Stable Diffusion 1.4 gives about 0.25"

@@ -66,6 +66,9 @@ class ImageRewardReward(Reward):
     Prompts are cut at 35 tokens, which is little for long captions. The head is affine (see `collapse`) and stays in
     float32; the first token stays [CLS], as in the released code. ReFL uses ``relu(2 - score)`` as its loss.
 
+    Official preprocessing: the short side of the 8-bit picture becomes 224 by bicubic, then the centre is cut out
+    (`placement` ``crop``); the text goes as it is to BERT's uncased tokenizer and is padded to 35 tokens.
+
     Args:
         tower: the BLIP.
         head: on the text half's first token.

@@ -19,6 +19,11 @@ class PickScoreReward(TowerReward):
     The released TextCraftor averages over the whole matrix, so its numbers (about 18.8 for Stable Diffusion 1.5) cannot
     be compared with these (about 21).
 
+    Official preprocessing, of transformers' ``CLIPProcessor``: the short side of the 8-bit picture becomes 224 by
+    bicubic, then the centre is cut out, half a pixel rounded down (`placement` ``crop_floor``); the text is not cleaned
+    (no ftfy, no unescaping): accents are composed, white space is collapsed, letters are lowered, and it is cut at 77
+    tokens.
+
     Args:
         tower: the CLIP model.
         options: see `TowerReward`.
@@ -29,6 +34,7 @@ class PickScoreReward(TowerReward):
     name = "pickscore"
     uses_prompt = True
     score_range = "[-100, 100]; Stable Diffusion 1.5 gives about 21"
+    fit = "crop_floor"
     files = (
         ReleasedFile(name="model.safetensors", repo=REPO),
         ReleasedFile(name="tokenizer.json", repo=LAION_CLIP_H),
