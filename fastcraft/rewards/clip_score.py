@@ -6,6 +6,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from fastcraft.rewards.checks import checked_number
+from fastcraft.rewards.clean_text import clean_text
 from fastcraft.rewards.clip_files import OPENAI_CLIP_L
 from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile
@@ -19,8 +20,9 @@ class ClipReward(TowerReward):
     constraint is this with scale 100 and OpenCLIP ViT-g-14.
 
     Official preprocessing, of OpenAI's CLIP and of open_clip: the short side of the 8-bit picture becomes the model's
-    size by bicubic, then the centre is cut out (`placement` ``crop``). Scores made with transformers'
-    ``CLIPProcessor``, as torchmetrics makes them, round half a pixel of the crop down.
+    size by bicubic, then the centre is cut out (`placement` ``crop``); the text goes through `clean_text` and is cut
+    at the model's length, 77 tokens. Scores made with transformers' ``CLIPProcessor``, as torchmetrics makes them, do
+    not clean the text, and round half a pixel of the crop down.
 
     Args:
         tower: the CLIP model.
@@ -70,5 +72,5 @@ class ClipReward(TowerReward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """``(B, 3, H, W)`` in ``[0, 1]`` and B prompts to ``(B,)`` float32 in ``[-scale, scale]``."""
-        text = self.tower.text_features([self.prefix + prompt for prompt in prompts])  # (B, D)
+        text = self.tower.text_features([clean_text(self.prefix + prompt) for prompt in prompts])  # (B, D)
         return self.scale * (self.image_features(images) * text).sum(dim=-1)

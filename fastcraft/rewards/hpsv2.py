@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from fastcraft.rewards.clean_text import clean_open_clip_text
 from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile, find_file
 from fastcraft.rewards.tower_reward import TowerReward
@@ -20,8 +21,8 @@ class HPSv2Reward(TowerReward):
     The released file has open_clip's names; it is mapped to transformers' ``CLIPModel`` when read.
 
     Official preprocessing, of the authors' open_clip: the long side of the picture, as a float tensor, becomes 224 by
-    bicubic without a clamp, and the rest is black (`placement` ``pad``).
-    The resize is antialiased, as torchvision does it from 0.17 on. A picture whose long side
+    bicubic without a clamp, and the rest is black (`placement` ``pad``); the text goes through `clean_open_clip_text`
+    and is cut at 77 tokens. The resize is antialiased, as torchvision does it from 0.17 on. A picture whose long side
     is 224 already is officially not padded, and then fits no model; here it is padded too.
 
     Args:
@@ -53,7 +54,8 @@ class HPSv2Reward(TowerReward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """``(B, 3, H, W)`` in ``[0, 1]`` and B prompts to ``(B,)`` float32 in ``[-1, 1]``."""
-        return (self.image_features(images) * self.tower.text_features(prompts)).sum(dim=-1)
+        text = self.tower.text_features([clean_open_clip_text(prompt) for prompt in prompts])  # (B, D)
+        return (self.image_features(images) * text).sum(dim=-1)
 
 
 class HPSv21Reward(HPSv2Reward):

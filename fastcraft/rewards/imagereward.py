@@ -26,6 +26,8 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 NUM_MARKS = 5
 """[PAD], [UNK], [CLS], [SEP], [MASK]."""
+ADDED_MARKS = ("[DEC]", "[ENC]")
+"""Which BLIP puts behind BERT's vocabulary, in this order; the last two rows of its table of words."""
 
 
 class BlipTower(Tower):
@@ -67,7 +69,8 @@ class ImageRewardReward(Reward):
     float32; the first token stays [CLS], as in the released code. ReFL uses ``relu(2 - score)`` as its loss.
 
     Official preprocessing: the short side of the 8-bit picture becomes 224 by bicubic, then the centre is cut out
-    (`placement` ``crop``); the text goes as it is to BERT's uncased tokenizer and is padded to 35 tokens.
+    (`placement` ``crop``); the text goes as it is to BERT's uncased tokenizer with two marks more, [DEC] and [ENC],
+    which are one token each where a prompt holds them, and is padded to 35 tokens.
 
     Args:
         tower: the BLIP.
@@ -139,6 +142,7 @@ def _load_tokenizer(place: str) -> Any:
         tokenizer = BertTokenizer.from_pretrained(place)
         if len(tokenizer) <= NUM_MARKS:  # without its files, transformers makes an empty one
             raise ValueError(f"only {len(tokenizer)} entries")
+        tokenizer.add_tokens(list(ADDED_MARKS), special_tokens=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"rewards: 'imagereward' needs BERT's vocabulary, and it cannot be loaded from {place!r} "

@@ -171,7 +171,7 @@ def damaged(name, standins, tmp_path, change):
         (
             "imagereward",
             lambda t: t.update({"blip.text_encoder.embeddings.word_embeddings.weight": torch.ones(9, 128)}),
-            "its tokenizer has id 56, its model only 9 ids",
+            "its tokenizer has id 58, its model only 9 ids",
         ),
         ("imagereward", lambda t: t.clear() or t.update(a=torch.ones(1)), "unexpected: a"),
     ],
