@@ -33,7 +33,7 @@ class Reward(nn.Module, ABC):
     score_range: ClassVar[str]
     """Typical and possible values, for people."""
     files: ClassVar[tuple[ReleasedFile, ...]] = ()
-    """The published files that it reads when ``path`` is empty."""
+    """All published files that it reads when ``path`` is empty, vocabularies and configurations too; weights first."""
 
     def __init__(self) -> None:
         super().__init__()

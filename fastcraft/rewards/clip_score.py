@@ -7,9 +7,8 @@ from torch import Tensor
 
 from fastcraft.rewards.checks import checked_number
 from fastcraft.rewards.clean_text import clean_text
-from fastcraft.rewards.clip_files import OPENAI_CLIP_L
+from fastcraft.rewards.clip_files import OPENAI_CLIP_L, released_clip
 from fastcraft.rewards.clip_tower import ClipTower, Towers
-from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 
 
@@ -36,7 +35,7 @@ class ClipReward(TowerReward):
     name = "clip"
     uses_prompt = True
     score_range = "[-scale, scale]; ViT-L/14 gives about 0.15 to 0.35 at scale 1"
-    files = (ReleasedFile(name="model.safetensors", repo=OPENAI_CLIP_L),)
+    files = released_clip(OPENAI_CLIP_L)
 
     def __init__(self, tower: ClipTower, *, scale: float = 1.0, prefix: str = "", **options: Any) -> None:
         super().__init__(tower, **options)

@@ -10,9 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastcraft.rewards.clip_files import LAION_CLIP_H
+from fastcraft.rewards.clip_files import LAION_CLIP_H, released_clip
 from fastcraft.rewards.clip_tower import ClipTower, Towers
-from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 
 REPO = "luping-liu/Denscore"
@@ -47,10 +46,7 @@ class DenscoreReward(TowerReward):
     uses_prompt = True
     score_range = "[-1, 1]; 0.2 to 0.24 in the paper's table"
     fit = "crop_floor"
-    files = (
-        ReleasedFile(name="model.safetensors", repo=REPO),
-        ReleasedFile(name="tokenizer.json", repo=LAION_CLIP_H),
-    )
+    files = released_clip(REPO, vocabulary=LAION_CLIP_H)
 
     def __init__(self, tower: ClipTower, **options: Any) -> None:
         super().__init__(tower, **options)

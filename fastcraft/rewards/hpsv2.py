@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from fastcraft.rewards.clean_text import clean_open_clip_text
+from fastcraft.rewards.clip_files import OPENAI_CLIP_L, released_vocabulary
 from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile, find_file
 from fastcraft.rewards.tower_reward import TowerReward
@@ -36,7 +37,10 @@ class HPSv2Reward(TowerReward):
     uses_prompt = True
     score_range = "[-1, 1]; Stable Diffusion 1.4 gives about 0.27"
     fit = "pad"
-    files: ClassVar[tuple[ReleasedFile, ...]] = (ReleasedFile(name="HPS_v2_compressed.pt", repo=REPO),)
+    files: ClassVar[tuple[ReleasedFile, ...]] = (
+        ReleasedFile(name="HPS_v2_compressed.pt", repo=REPO),
+        released_vocabulary(OPENAI_CLIP_L),
+    )
 
     def __init__(self, tower: ClipTower, **options: Any) -> None:
         super().__init__(tower, **options)
@@ -66,4 +70,4 @@ class HPSv21Reward(HPSv2Reward):
 
     name = "hpsv2.1"
     score_range = "[-1, 1]; Stable Diffusion 1.4 gives about 0.25"
-    files = (ReleasedFile(name="HPS_v2.1_compressed.pt", repo=REPO),)
+    files = (ReleasedFile(name="HPS_v2.1_compressed.pt", repo=REPO), released_vocabulary(OPENAI_CLIP_L))

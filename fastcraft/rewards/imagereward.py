@@ -16,16 +16,15 @@ from fastcraft.rewards.blip import load_blip
 from fastcraft.rewards.checks import checked_flag, checked_resize
 from fastcraft.rewards.clip_tower import Towers
 from fastcraft.rewards.preprocess import Resize
-from fastcraft.rewards.tensor_files import ReleasedFile, find_file, first_line
+from fastcraft.rewards.tensor_files import ReleasedFile, find_file
 from fastcraft.rewards.tower import Tower, raised
+from fastcraft.rewards.vocabulary import BERT, load_tokenizer
 
 REPO = "THUDM/ImageReward"
-BERT = "google-bert/bert-base-uncased"
+BERT_REPO = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw scores on the authors' test set."""
 MAX_TOKENS = 35
-NUM_MARKS = 5
-"""[PAD], [UNK], [CLS], [SEP], [MASK]."""
 ADDED_MARKS = ("[DEC]", "[ENC]")
 """Which BLIP puts behind BERT's vocabulary, in this order; the last two rows of its table of words."""
 
@@ -92,7 +91,7 @@ class ImageRewardReward(Reward):
             sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
             num_bytes=1_786_880_927,
         ),
-        ReleasedFile(name="vocab.txt", repo=BERT),
+        ReleasedFile(name=BERT.forms[0][0], repo=BERT_REPO, instead=BERT.forms[1]),
     )
 
     vector: Tensor
@@ -114,12 +113,14 @@ class ImageRewardReward(Reward):
         ``tokenizer_path`` holds BERT's vocabulary; empty = beside the file, or else google-bert/bert-base-uncased.
         """
         file = find_file(path, cls.files[0], reward=cls.name)
-        beside = any((file.parent / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
-        tokenizer = _load_tokenizer(tokenizer_path or (str(file.parent) if beside else BERT))
+        tokenizer = _load_tokenizer(tokenizer_path or (str(file.parent) if BERT.is_in(file.parent) else BERT_REPO))
         vision, text, head = load_blip(file, dtype=towers.dtype)
-        largest, size = max(tokenizer.get_vocab().values()), text.config.vocab_size
-        if largest >= size:
-            raise UserError(f"rewards: 'imagereward': its tokenizer has id {largest}, its model only {size} ids")
+        own, size = max(tokenizer.get_vocab().values()) + 1, text.config.vocab_size
+        if own != size:
+            raise UserError(
+                f"rewards: 'imagereward': its tokenizer has {own} ids with {' and '.join(ADDED_MARKS)}, its model "
+                f"{size}; the vocabulary must be that of {BERT_REPO}"
+            )
         tower = BlipTower(vision, text, tokenizer, source=str(file), pixels=towers.pixels)
         return cls(tower.to(towers.device), head, **options)
 
@@ -136,16 +137,9 @@ class ImageRewardReward(Reward):
 
 
 def _load_tokenizer(place: str) -> Any:
+    """BERT's, with the marks that BLIP adds."""
     from transformers import BertTokenizer
 
-    try:
-        tokenizer = BertTokenizer.from_pretrained(place)
-        if len(tokenizer) <= NUM_MARKS:  # without its files, transformers makes an empty one
-            raise ValueError(f"only {len(tokenizer)} entries")
-        tokenizer.add_tokens(list(ADDED_MARKS), special_tokens=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"rewards: 'imagereward' needs BERT's vocabulary, and it cannot be loaded from {place!r} "
-            f"({first_line(error)}); give tokenizer_path"
-        ) from error
+    tokenizer = load_tokenizer(BertTokenizer, place, BERT, owner="imagereward")
+    tokenizer.add_tokens(list(ADDED_MARKS), special_tokens=True)
     return tokenizer

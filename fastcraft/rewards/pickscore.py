@@ -5,9 +5,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from fastcraft.rewards.clip_files import LAION_CLIP_H
+from fastcraft.rewards.clip_files import LAION_CLIP_H, released_clip
 from fastcraft.rewards.clip_tower import ClipTower, Towers
-from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 
 REPO = "yuvalkirstain/PickScore_v1"
@@ -35,10 +34,7 @@ class PickScoreReward(TowerReward):
     uses_prompt = True
     score_range = "[-100, 100]; Stable Diffusion 1.5 gives about 21"
     fit = "crop_floor"
-    files = (
-        ReleasedFile(name="model.safetensors", repo=REPO),
-        ReleasedFile(name="tokenizer.json", repo=LAION_CLIP_H),
-    )
+    files = released_clip(REPO, vocabulary=LAION_CLIP_H)
 
     def __init__(self, tower: ClipTower, **options: Any) -> None:
         super().__init__(tower, **options)
