@@ -53,9 +53,16 @@ def decode(file: Path) -> tuple[Any, list[str]]:
             with Image.open(file) as picture:
                 return _decoded(picture)
         except Exception as error:  # Pillow raises a dozen types for damaged files
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            reason = "it is no picture that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else reason
-            raise UserError(f"--images: {shown_name(file)!r} cannot be read as a picture: {reason}") from error
+            raise UserError(f"--images: {shown_name(file)!r} cannot be read as a picture: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    from PIL import Image
+
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no picture that Pillow knows"
+    text = (isinstance(error, OSError) and error.strerror) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
 
 
 def _decoded(picture: "Image.Image") -> tuple[Any, list[str]]:
@@ -64,9 +71,10 @@ def _decoded(picture: "Image.Image") -> tuple[Any, list[str]]:
 
     notes = [ONE_FRAME] if getattr(picture, "n_frames", 1) > 1 else []
     picture.seek(0)
-    turned = picture.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    before = _orientation(picture) if picture.format == "TIFF" else 1  # Pillow turns a TIFF while it loads it
     picture.load()
-    upright = ImageOps.exif_transpose(picture)
+    turned = max(before, _orientation(picture)) > 1
+    upright = ImageOps.exif_transpose(picture) if turned else picture
     if turned:
         notes.append(TURNED)
     transparent = "transparency" in picture.info or picture.mode in _TRANSPARENT
@@ -79,6 +87,15 @@ def _decoded(picture: "Image.Image") -> tuple[Any, list[str]]:
     if clear:
         notes.append(ON_WHITE)
     return np.ascontiguousarray(pixels), notes
+
+
+def _orientation(picture: "Image.Image") -> int:
+    """From 1, upright, to 8; upright too if EXIF cannot be read, as the pixels may be good all the same."""
+    try:
+        value = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _eight_bits(picture: "Image.Image", *, transparent: bool) -> tuple[Any, bool]:

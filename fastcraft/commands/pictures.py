@@ -46,10 +46,16 @@ def list_pictures(folder: str) -> Folder:
         files = sorted((file for file in place.iterdir() if not file.is_dir()), key=_natural)
     except OSError as error:
         raise UserError(f"--images: folder {folder!r} cannot be listed: {error.strerror}") from error
-    pictures = [file for file in files if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
+    pictures = [file for file in files if _is_meant_as_picture(file)]
     if not pictures:
         raise UserError(f"--images: {folder!r} holds no picture ({', '.join(ENDINGS)})")
     return Folder(pictures=pictures, others=[file for file in files if file not in set(pictures)])
+
+
+def _is_meant_as_picture(file: Path) -> bool:
+    """By its name; a link to nowhere is a bad picture, and a pipe, which may never end, is none."""
+    named_so = file.suffix.lower() in ENDINGS and not file.name.startswith(".")
+    return named_so and (file.is_file() or not file.exists())
 
 
 def _natural(file: Path) -> tuple[list[tuple[int, str]], str]:

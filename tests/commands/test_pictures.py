@@ -1,6 +1,7 @@
 """Picture files as pixels: what Pillow would do silently is done right, and said."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -78,6 +79,15 @@ def test_the_exif_orientation_is_followed(orientation, ending, corners, tmp_path
     expected = TURNS.get(orientation, np.asarray)(corners)
     assert np.array_equal(got, expected.astype(np.float32) / 255)
     assert notes == ([TURNED] if orientation > 1 else [])
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\0" * 40], ids=["1", "2", "3"]
+)
+def test_exif_that_cannot_be_read_costs_nothing(exif, corners, tmp_path):
+    got, notes = pixels_of(Image.fromarray(corners), tmp_path / "a.png", exif=exif)
+    assert np.array_equal(got, corners.astype(np.float32) / 255)
+    assert notes == []
 
 
 def test_a_jpeg_is_turned_and_batched_by_its_size_then(tmp_path):
@@ -190,9 +200,13 @@ def test_what_lies_in_the_folder_is_told_apart(tmp_path):
     for name in ("10.png", "2.JPEG", "1.gif", "3.tif", ".hidden.png", "notes.txt", "4.heic"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "5.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
     folder = list_pictures(str(tmp_path))
-    assert [file.name for file in folder.pictures] == ["1.gif", "2.JPEG", "3.tif", "10.png"]
-    assert {file.name for file in folder.others} == {".hidden.png", "notes.txt", "4.heic"}
+    assert [file.name for file in folder.pictures] == ["1.gif", "2.JPEG", "3.tif", "5.png", "10.png"]
+    assert {file.name for file in folder.others} == {".hidden.png", "notes.txt", "4.heic", "pipe.png"}
+    with pytest.raises(UserError, match=r"'5.png' cannot be read as a picture: No such file or directory$"):
+        decode(tmp_path / "5.png")
 
 
 def test_every_bad_picture_is_counted_before_anything_is_scored(tmp_path):
