@@ -156,6 +156,37 @@ def test_what_was_done_to_pictures_is_said_and_written(folder, capsys):
     assert pictures[2]["scores"]["brightness"] == pytest.approx(1.0)
 
 
+def test_gray_of_sixteen_bits_scores_by_its_level(folder):
+    for i, level in enumerate((0, 0x4000, 0x8000, 0xFFFF)):
+        Image.fromarray(np.full((8, 8), level, dtype=np.uint16)).save(folder / "images" / f"{i}.png")
+    assert score() == 0
+    scores = [row["scores"]["brightness"] for row in written(folder)[0]]
+    assert scores == pytest.approx([0.0, 0.25, 0.5, 1.0], abs=1e-4)
+
+
+def test_gif_and_tiff_are_pictures_too(folder):
+    for i, ending in enumerate(("gif", "tiff")):
+        Image.open(folder / "images" / f"{i}.png").save(folder / "images" / f"{i}.{ending}")
+        (folder / "images" / f"{i}.png").unlink()
+    assert score() == 0
+    pictures, _ = written(folder)
+    assert [row["file"] for row in pictures] == ["0.gif", "1.tiff", "2.png", "3.png"]
+    assert [row["scores"]["brightness"] for row in pictures] == pytest.approx([i * 60 / 255 for i in range(4)])
+
+
+def test_an_empty_line_shifts_nothing(folder, capsys):
+    (folder / "prompts.txt").write_text("one\n\nthree\nfour\n")
+    assert score() == 0
+    assert [row["prompt"] for row in written(folder)[0]] == ["one", "", "three", "four"]
+    assert capsys.readouterr().err == "fastcraft: note: --prompts: 4, 1 of them empty: line 2\n"
+
+
+def test_a_column_of_names_pairs_by_name(folder):
+    (folder / "prompts.csv").write_text("file,prompt\n3.png,four\n0.png,one\n2.png,three\n1.png,two\n")
+    assert score("--prompts", "prompts.csv") == 0
+    assert [row["prompt"] for row in written(folder)[0]] == PROMPTS
+
+
 def test_names_that_are_not_utf8_are_scored_and_written(folder, capsys):
     name = b"\xe9.png".decode("utf-8", "surrogateescape")
     (folder / "images" / "3.png").rename(folder / "images" / name)
