@@ -33,6 +33,7 @@ setup(
         "matplotlib",
         "numpy",
         "pillow",
+        "ftfy>=6.1",
         "tqdm",
         "psutil",
     ],

@@ -20,12 +20,15 @@ def run(args: argparse.Namespace) -> int:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
-    print("\nFiles, when path is empty; path takes a local file or folder, or a hub id:")
+    print(
+        "\nAll files, when path is empty; path takes a local file or folder, or a hub id, and tokenizer_path likewise:"
+    )
     for name, reward in classes.items():
         for released in reward.files:
             found = released.cached()
             state = f"found: {found}" if found else f"not in {released.cache_folder()}"
-            print(f"  {name:<12} {released.name} from {released.origin}\n  {'':<12} {state}")
+            instead = f" (or {' and '.join(released.instead)})" if released.instead else ""
+            print(f"  {name:<12} {released.name}{instead} from {released.origin}\n  {'':<12} {state}")
     return 0
 
 

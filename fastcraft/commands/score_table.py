@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -18,6 +18,18 @@ class ScoreTable:
     prompts: Sequence[str]
     scores: Mapping[str, Sequence[float]]
     """By reward, as many as pictures; NaN and Inf are possible."""
+    notes: Sequence[Sequence[str]] = ()
+    """What was done to each picture before it was scored; nothing = nothing to any."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Pictures that were not scored, which are in no row, and why."""
+
+    def not_finite(self) -> dict[str, list[str]]:
+        """By reward, the pictures whose score is NaN or Inf; rewards without any are left out."""
+        found = {
+            name: [file for file, value in zip(self.files, values, strict=True) if not math.isfinite(value)]
+            for name, values in self.scores.items()
+        }
+        return {name: files for name, files in found.items() if files}
 
     def text(self) -> str:
         """Mean, standard error and extremes of each reward, over the pictures with a finite score."""
@@ -42,12 +54,25 @@ class ScoreTable:
         )
 
     def json(self, *, settings: Mapping[str, Any]) -> str:
-        """``{"settings": {reward: {...}}, "pictures": [{"file", "prompt", "scores": {reward: number or null}}]}``."""
+        """``{"settings": {reward: {...}}, "pictures": [...], "skipped": [{"file", "reason"}]}``.
+
+        A picture is ``{"file", "prompt", "scores": {reward: number or null}, "notes": [text]}``.
+        """
+        notes = self.notes or [[]] * len(self.files)
         pictures = [
-            {"file": file, "prompt": prompt, "scores": {name: _finite(row[i]) for name, row in self.scores.items()}}
+            {
+                "file": file,
+                "prompt": prompt,
+                "scores": {name: _finite(row[i]) for name, row in self.scores.items()},
+                "notes": list(notes[i]),
+            }
             for i, (file, prompt) in enumerate(zip(self.files, self.prompts, strict=True))
         ]
-        content = {"settings": {name: dict(value) for name, value in settings.items()}, "pictures": pictures}
+        content = {
+            "settings": {name: dict(value) for name, value in settings.items()},
+            "pictures": pictures,
+            "skipped": [{"file": file, "reason": reason} for file, reason in self.skipped.items()],
+        }
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def csv(self) -> str:

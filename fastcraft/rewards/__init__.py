@@ -41,7 +41,7 @@ class RewardSpec(NamedTuple):
     options: Mapping[str, Any] = {}
     """The reward's own options."""
     label: str = ""
-    """What it is called in metrics; empty = its name."""
+    """What it is called in metrics; empty = its name. Not ``total``, ``file`` or ``prompt``."""
 
 
 def build_rewards(
@@ -61,10 +61,11 @@ def build_rewards(
         require_grad: see `WeightedRewards`.
 
     Raises:
-        UserError: an unknown name or option, a class that is no `Reward`, weights that do not load, a bad weight.
+        UserError: an unknown name or option, a class that is no `Reward`, a reserved label, weights that do not load,
+            a bad weight.
     """
     from fastcraft.rewards.base import Reward
-    from fastcraft.rewards.checks import check_options
+    from fastcraft.rewards.checks import check_name, check_options
     from fastcraft.rewards.mix import WeightedRewards
 
     mix = []
@@ -76,6 +77,8 @@ def build_rewards(
                 "a function is option function of the reward 'callable'"
             )
         check_options(reward_class, options, reward=name)
+        shown = label or (reward_class.name if ":" in name else name)
+        check_name(shown)  # before its weights are read, and those of the rewards after it
         reward = reward_class.build(path, towers=towers, **options).to(towers.device)
-        mix.append((label or (reward_class.name if ":" in name else name), reward, weight))
+        mix.append((shown, reward, weight))
     return WeightedRewards(mix, normalize=normalize, require_grad=require_grad)

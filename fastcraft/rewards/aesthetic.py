@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.affine_head import AffineHead, collapse
-from fastcraft.rewards.clip_files import OPENAI_CLIP_L
+from fastcraft.rewards.clip_files import OPENAI_CLIP_L, released_clip
 from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile, find_file, read_tensors
 from fastcraft.rewards.tower_reward import TowerReward
@@ -27,6 +27,9 @@ RELEASED_HEAD = ReleasedFile(
 class AestheticReward(TowerReward):
     """Predicted mean rating of a picture, nominally 1 to 10; Stable Diffusion 1.5 scores 5.2 to 5.5.
 
+    Official preprocessing, of OpenAI's CLIP: the short side of the 8-bit picture becomes 224 by bicubic, then the
+    centre is cut out (`placement` ``crop``).
+
     Args:
         tower: the CLIP model the head was trained on (OpenAI ViT-L/14 for the released head).
         head: see `load_head`; kept in float32 whatever the tower's dtype.
@@ -38,7 +41,7 @@ class AestheticReward(TowerReward):
     name = "aesthetic"
     uses_prompt = False
     score_range = "nominally 1 to 10, unbounded; 5 to 7 in practice"
-    files = (RELEASED_HEAD, ReleasedFile(name="model.safetensors", repo=OPENAI_CLIP_L))
+    files = (RELEASED_HEAD, *released_clip(OPENAI_CLIP_L))
 
     vector: Tensor
     bias: Tensor

@@ -18,8 +18,9 @@ class Reward(nn.Module, ABC):
     """A frozen judge of images.
 
     A subclass sets the class attributes, loads its weights, calls `freeze` last in ``__init__`` and implements
-    ``forward``. It never mixes images of a batch: the gradient of score i with respect to image j is zero. Adding one
-    to the project takes its file and one line in ``fastcraft.rewards.REWARDS``.
+    ``forward``. It never mixes images of a batch: the gradient of score i with respect to image j is zero. Its
+    docstring states the official preprocessing of pictures and texts, and it does the same. Adding one to the project
+    takes its file and one line in ``fastcraft.rewards.REWARDS``.
     """
 
     name: ClassVar[str]
@@ -33,7 +34,7 @@ class Reward(nn.Module, ABC):
     score_range: ClassVar[str]
     """Typical and possible values, for people."""
     files: ClassVar[tuple[ReleasedFile, ...]] = ()
-    """The published files that it reads when ``path`` is empty."""
+    """All published files that it reads when ``path`` is empty, vocabularies and configurations too; weights first."""
 
     def __init__(self) -> None:
         super().__init__()

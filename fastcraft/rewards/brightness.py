@@ -8,7 +8,10 @@ from fastcraft.rewards.base import Reward
 
 
 class BrightnessReward(Reward):
-    """Mean ITU-R BT.601 luma of an image."""
+    """Mean ITU-R BT.601 luma of an image.
+
+    Official preprocessing: none; every pixel counts as it is, and nothing is resized, cut or clamped.
+    """
 
     name = "brightness"
     uses_prompt = False

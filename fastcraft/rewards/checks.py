@@ -10,6 +10,19 @@ from fastcraft.registry import suggestion
 from fastcraft.rewards.base import Reward
 from fastcraft.rewards.preprocess import Resize
 
+RESERVED = {
+    "total": "the weighted sum of all rewards",
+    "file": "the column of pictures in a table of scores",
+    "prompt": "the column of prompts in a table of scores",
+}
+"""Names that no reward may have in metrics and tables, and what they name there."""
+
+
+def check_name(name: str) -> None:
+    """Raise a `UserError` if ``name`` is one of `RESERVED`."""
+    if name in RESERVED:
+        raise UserError(f"rewards: label must not be {name!r}, which is {RESERVED[name]}; give the reward another one")
+
 
 def checked_number(reward: str, option: str, value: Any) -> float:
     """``value`` as a finite float, or a `UserError` that names the option."""

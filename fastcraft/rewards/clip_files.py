@@ -11,15 +11,29 @@ from safetensors import SafetensorError
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.open_clip import OPEN_CLIP_FILES, load_open_clip
-from fastcraft.rewards.tensor_files import ENDINGS, first_line, some
+from fastcraft.rewards.tensor_files import ENDINGS, ReleasedFile, first_line, some
+from fastcraft.rewards.vocabulary import CLIP, load_tokenizer
+from fastcraft.rewards.wrong_files import refuse_wrong_file
 
 OPENAI_CLIP_L = "openai/clip-vit-large-patch14"
 LAION_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-NUM_BYTE_SYMBOLS = 256
-"""A byte-level vocabulary has at least these."""
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _PICKLE = "pytorch_model.bin"
+
 _LOAD_ERRORS = (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError)
+
+
+def released_vocabulary(repo: str) -> ReleasedFile:
+    """CLIP's vocabulary on the hub."""
+    return ReleasedFile(name=CLIP.forms[0][0], repo=repo, instead=CLIP.forms[1])
+
+
+def released_clip(repo: str, *, vocabulary: str = "") -> tuple[ReleasedFile, ...]:
+    """What a ``CLIPModel`` on the hub is read from; ``vocabulary`` is another hub id, empty = the same."""
+    return (
+        ReleasedFile(name="model.safetensors", repo=repo, instead=(_PICKLE,)),
+        ReleasedFile(name="config.json", repo=repo),
+        released_vocabulary(vocabulary or repo),
+    )
 
 
 def load_clip(
@@ -78,6 +92,9 @@ def _check_folder(path: str) -> None:
             raise UserError(f"rewards: {path!r} is no model folder: it has no config.json")
         if not any(folder.glob("model*.safetensors*")) and not (folder / _PICKLE).is_file():
             raise UserError(f"rewards: {path!r} has no weights: neither model.safetensors nor {_PICKLE}")
+        for pattern in ("config.json", "model*.safetensors*", "pytorch_model*.bin*"):
+            for file in sorted(folder.glob(pattern)):
+                refuse_wrong_file(file, reward=path)
     elif (
         not path or path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith(ENDINGS) or folder.exists()
     ):
@@ -90,7 +107,7 @@ def _own_tokenizer(path: str) -> str:
     """The folder of the weights if the vocabulary lies there, or empty."""
     place = Path(path).expanduser()
     folder = place.parent if place.is_file() else place
-    return str(folder) if any((folder / name).is_file() for name in _TOKENIZER_FILES) else ""
+    return str(folder) if CLIP.is_in(folder) else ""
 
 
 def _load_transformers(path: str, dtype: torch.dtype) -> Any:
@@ -138,21 +155,10 @@ def _reason(path: str, error: Exception) -> str:
 def _load_tokenizer(path: str, place: str) -> Any:
     from transformers import CLIPTokenizer
 
-    if not place:
-        if Path(path).is_dir():
-            raise UserError(f"rewards: {path!r} has no tokenizer: neither tokenizer.json nor vocab.json")
-        place = path
-    try:
-        with _quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(place)
-        if len(tokenizer) <= NUM_BYTE_SYMBOLS:  # without its files, transformers makes an empty one
-            raise ValueError(f"only {len(tokenizer)} entries")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"rewards: {path!r} needs CLIP's vocabulary, and it cannot be loaded from {place!r} "
-            f"({_reason(place, error)}); give tokenizer_path"
-        ) from error
-    return tokenizer
+    if not place and Path(path).is_dir():
+        raise UserError(f"rewards: {path!r} has no tokenizer: neither {CLIP.files.replace(', or', ' nor')}")
+    with _quiet():
+        return load_tokenizer(CLIPTokenizer, place or path, CLIP, owner=path)
 
 
 def _check_keys(path: str, report: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ from typing import Any, Self
 from torch import Tensor
 
 from fastcraft.rewards.checks import checked_number
-from fastcraft.rewards.clip_files import OPENAI_CLIP_L
+from fastcraft.rewards.clean_text import clean_text
+from fastcraft.rewards.clip_files import OPENAI_CLIP_L, released_clip
 from fastcraft.rewards.clip_tower import ClipTower, Towers
-from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 
 
@@ -17,6 +17,11 @@ class ClipReward(TowerReward):
 
     Numbers in print differ in backbone, prefix and scale; `settings` records all three. TextCraftor's external CLIP
     constraint is this with scale 100 and OpenCLIP ViT-g-14.
+
+    Official preprocessing, of OpenAI's CLIP and of open_clip: the short side of the 8-bit picture becomes the model's
+    size by bicubic, then the centre is cut out (`placement` ``crop``); the text goes through `clean_text` and is cut
+    at the model's length, 77 tokens. Scores made with transformers' ``CLIPProcessor``, as torchmetrics makes them, do
+    not clean the text, and round half a pixel of the crop down.
 
     Args:
         tower: the CLIP model.
@@ -30,7 +35,7 @@ class ClipReward(TowerReward):
     name = "clip"
     uses_prompt = True
     score_range = "[-scale, scale]; ViT-L/14 gives about 0.15 to 0.35 at scale 1"
-    files = (ReleasedFile(name="model.safetensors", repo=OPENAI_CLIP_L),)
+    files = released_clip(OPENAI_CLIP_L)
 
     def __init__(self, tower: ClipTower, *, scale: float = 1.0, prefix: str = "", **options: Any) -> None:
         super().__init__(tower, **options)
@@ -66,5 +71,5 @@ class ClipReward(TowerReward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """``(B, 3, H, W)`` in ``[0, 1]`` and B prompts to ``(B,)`` float32 in ``[-scale, scale]``."""
-        text = self.tower.text_features([self.prefix + prompt for prompt in prompts])  # (B, D)
+        text = self.tower.text_features([clean_text(self.prefix + prompt) for prompt in prompts])  # (B, D)
         return self.scale * (self.image_features(images) * text).sum(dim=-1)

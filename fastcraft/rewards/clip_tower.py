@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fastcraft.errors import UserError
 from fastcraft.rewards.clip_files import load_clip
-from fastcraft.rewards.preprocess import Resize
+from fastcraft.rewards.preprocess import Fit, Resize, placement
 from fastcraft.rewards.tower import ImageCache, Tower, raised
 
 
@@ -65,6 +65,11 @@ class ClipTower(Tower):
         return self.model.visual_projection.weight.dtype
 
     @property
+    def image_size(self) -> int:
+        """Side of the square that the image half reads, in pixels."""
+        return self.model.config.vision_config.image_size
+
+    @property
     def max_tokens(self) -> int:
         """Of a text, with the marks of its beginning and end; what is beyond is cut off."""
         return self.model.config.text_config.max_position_embeddings
@@ -73,21 +78,25 @@ class ClipTower(Tower):
         """With both marks, before anything is cut off."""
         return len(self.tokenizer(text, verbose=False).input_ids)
 
-    def image_features(self, images: Tensor, *, resize: Resize = "bicubic", clamp: bool = False) -> Tensor:
+    def image_features(
+        self, images: Tensor, *, resize: Resize = "bicubic", clamp: bool = False, fit: Fit = "crop"
+    ) -> Tensor:
         """Projected image embeddings.
 
         Args:
             images: ``(B, 3, H, W)`` float, in ``[0, 1]``.
             resize: see `resize_normalize`.
             clamp: straight-through clamp after the resize.
+            fit: see `placement`.
 
         Returns:
             ``(B, D)`` float32, unit rows; carries gradient to ``images``.
         """
-        return self.features.get(images, (resize, clamp), lambda: self._encode_images(images, resize, clamp))
+        key = (placement(images, self.image_size, fit), resize, clamp)
+        return self.features.get(images, key, lambda: self._encode_images(images, resize, clamp, fit))
 
-    def _encode_images(self, images: Tensor, resize: Resize, clamp: bool) -> Tensor:
-        pixels = self.preprocessed(images, self.model.config.vision_config.image_size, resize=resize, clamp=clamp)
+    def _encode_images(self, images: Tensor, resize: Resize, clamp: bool, fit: Fit) -> Tensor:
+        pixels = self.preprocessed(images, self.image_size, resize=resize, clamp=clamp, fit=fit)
         output = self.model.get_image_features(pixel_values=pixels.to(self.dtype))
         return functional.normalize(raised(_tensor(output)), dim=-1)
 

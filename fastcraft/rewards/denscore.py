@@ -10,9 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastcraft.rewards.clip_files import LAION_CLIP_H
+from fastcraft.rewards.clip_files import LAION_CLIP_H, released_clip
 from fastcraft.rewards.clip_tower import ClipTower, Towers
-from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 
 REPO = "luping-liu/Denscore"
@@ -30,6 +29,12 @@ class DenscoreReward(TowerReward):
     The mean is of unit vectors and is not normalised again. Reported numbers are usually times 100. LongAlign's own
     code splits at any full stop, decimals too; here sentences are split and a longer one is cut between words.
 
+    Official preprocessing: LongAlign's training code cuts 504 x 504 pixels out at random, against blocky pictures, and
+    squeezes them to 224 by bilinear, which is an augmentation and no score. Here it is that of the processor whose
+    tokenizer it names, transformers' ``CLIPProcessor``, as for PickScore: short side to 224 by bicubic, the centre cut
+    out, half a pixel rounded down (`placement` ``crop_floor``); the text, which is not cleaned (no ftfy, no
+    unescaping), with accents composed, white space collapsed and letters lowered, 77 tokens for each segment.
+
     Args:
         tower: the CLIP model.
         options: see `TowerReward`.
@@ -40,10 +45,8 @@ class DenscoreReward(TowerReward):
     name = "denscore"
     uses_prompt = True
     score_range = "[-1, 1]; 0.2 to 0.24 in the paper's table"
-    files = (
-        ReleasedFile(name="model.safetensors", repo=REPO),
-        ReleasedFile(name="tokenizer.json", repo=LAION_CLIP_H),
-    )
+    fit = "crop_floor"
+    files = released_clip(REPO, vocabulary=LAION_CLIP_H)
 
     def __init__(self, tower: ClipTower, **options: Any) -> None:
         super().__init__(tower, **options)

@@ -92,6 +92,8 @@ class DetectionReward(Reward):
 class FaceReward(DetectionReward):
     """Confidence of MediaPipe's face detector (BlazeFace, short range) in the surest face.
 
+    Official preprocessing: MediaPipe's own, which gets the whole picture, rounded to 8 bits.
+
     Source: Bazarevsky et al. 2019, arXiv:1907.05047.
     """
 
@@ -124,6 +126,8 @@ class HandReward(DetectionReward):
 
     The library reports how sure it is which hand it sees, left or right, for hands that pass its detector at
     ``threshold``; a blurred or misshapen hand lowers it, and one that is not taken for a hand gives ``floor``.
+
+    Official preprocessing: MediaPipe's own, which gets the whole picture, rounded to 8 bits.
 
     Source: Zhang et al. 2020, arXiv:2006.10214.
     """

@@ -5,6 +5,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from fastcraft.rewards.clean_text import clean_open_clip_text
+from fastcraft.rewards.clip_files import OPENAI_CLIP_L, released_vocabulary
 from fastcraft.rewards.clip_tower import ClipTower, Towers
 from fastcraft.rewards.tensor_files import ReleasedFile, find_file
 from fastcraft.rewards.tower_reward import TowerReward
@@ -19,6 +21,11 @@ class HPSv2Reward(TowerReward):
 
     The released file has open_clip's names; it is mapped to transformers' ``CLIPModel`` when read.
 
+    Official preprocessing, of the authors' open_clip: the long side of the picture, as a float tensor, becomes 224 by
+    bicubic without a clamp, and the rest is black (`placement` ``pad``); the text goes through `clean_open_clip_text`
+    and is cut at 77 tokens. The resize is antialiased, as torchvision does it from 0.17 on. A picture whose long side
+    is 224 already is officially not padded, and then fits no model; here it is padded too.
+
     Args:
         tower: the CLIP model.
         options: see `TowerReward`.
@@ -29,7 +36,11 @@ class HPSv2Reward(TowerReward):
     name = "hpsv2"
     uses_prompt = True
     score_range = "[-1, 1]; Stable Diffusion 1.4 gives about 0.27"
-    files: ClassVar[tuple[ReleasedFile, ...]] = (ReleasedFile(name="HPS_v2_compressed.pt", repo=REPO),)
+    fit = "pad"
+    files: ClassVar[tuple[ReleasedFile, ...]] = (
+        ReleasedFile(name="HPS_v2_compressed.pt", repo=REPO),
+        released_vocabulary(OPENAI_CLIP_L),
+    )
 
     def __init__(self, tower: ClipTower, **options: Any) -> None:
         super().__init__(tower, **options)
@@ -47,12 +58,16 @@ class HPSv2Reward(TowerReward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """``(B, 3, H, W)`` in ``[0, 1]`` and B prompts to ``(B,)`` float32 in ``[-1, 1]``."""
-        return (self.image_features(images) * self.tower.text_features(prompts)).sum(dim=-1)
+        text = self.tower.text_features([clean_open_clip_text(prompt) for prompt in prompts])  # (B, D)
+        return (self.image_features(images) * text).sum(dim=-1)
 
 
 class HPSv21Reward(HPSv2Reward):
-    """The same with the v2.1 weights; scores of the two versions are not comparable."""
+    """The same with the v2.1 weights; scores of the two versions are not comparable.
+
+    Official preprocessing: that of v2.
+    """
 
     name = "hpsv2.1"
     score_range = "[-1, 1]; Stable Diffusion 1.4 gives about 0.25"
-    files = (ReleasedFile(name="HPS_v2.1_compressed.pt", repo=REPO),)
+    files = (ReleasedFile(name="HPS_v2.1_compressed.pt", repo=REPO), released_vocabulary(OPENAI_CLIP_L))

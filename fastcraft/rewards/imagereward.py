@@ -16,16 +16,17 @@ from fastcraft.rewards.blip import load_blip
 from fastcraft.rewards.checks import checked_flag, checked_resize
 from fastcraft.rewards.clip_tower import Towers
 from fastcraft.rewards.preprocess import Resize
-from fastcraft.rewards.tensor_files import ReleasedFile, find_file, first_line
+from fastcraft.rewards.tensor_files import ReleasedFile, find_file
 from fastcraft.rewards.tower import Tower, raised
+from fastcraft.rewards.vocabulary import BERT, load_tokenizer
 
 REPO = "THUDM/ImageReward"
-BERT = "google-bert/bert-base-uncased"
+BERT_REPO = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw scores on the authors' test set."""
 MAX_TOKENS = 35
-NUM_MARKS = 5
-"""[PAD], [UNK], [CLS], [SEP], [MASK]."""
+ADDED_MARKS = ("[DEC]", "[ENC]")
+"""Which BLIP puts behind BERT's vocabulary, in this order; the last two rows of its table of words."""
 
 
 class BlipTower(Tower):
@@ -66,6 +67,10 @@ class ImageRewardReward(Reward):
     Prompts are cut at 35 tokens, which is little for long captions. The head is affine (see `collapse`) and stays in
     float32; the first token stays [CLS], as in the released code. ReFL uses ``relu(2 - score)`` as its loss.
 
+    Official preprocessing: the short side of the 8-bit picture becomes 224 by bicubic, then the centre is cut out
+    (`placement` ``crop``); the text goes as it is to BERT's uncased tokenizer with two marks more, [DEC] and [ENC],
+    which are one token each where a prompt holds them, and is padded to 35 tokens.
+
     Args:
         tower: the BLIP.
         head: on the text half's first token.
@@ -86,7 +91,7 @@ class ImageRewardReward(Reward):
             sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
             num_bytes=1_786_880_927,
         ),
-        ReleasedFile(name="vocab.txt", repo=BERT),
+        ReleasedFile(name=BERT.forms[0][0], repo=BERT_REPO, instead=BERT.forms[1]),
     )
 
     vector: Tensor
@@ -108,12 +113,14 @@ class ImageRewardReward(Reward):
         ``tokenizer_path`` holds BERT's vocabulary; empty = beside the file, or else google-bert/bert-base-uncased.
         """
         file = find_file(path, cls.files[0], reward=cls.name)
-        beside = any((file.parent / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
-        tokenizer = _load_tokenizer(tokenizer_path or (str(file.parent) if beside else BERT))
+        tokenizer = _load_tokenizer(tokenizer_path or (str(file.parent) if BERT.is_in(file.parent) else BERT_REPO))
         vision, text, head = load_blip(file, dtype=towers.dtype)
-        largest, size = max(tokenizer.get_vocab().values()), text.config.vocab_size
-        if largest >= size:
-            raise UserError(f"rewards: 'imagereward': its tokenizer has id {largest}, its model only {size} ids")
+        own, size = max(tokenizer.get_vocab().values()) + 1, text.config.vocab_size
+        if own != size:
+            raise UserError(
+                f"rewards: 'imagereward': its tokenizer has {own} ids with {' and '.join(ADDED_MARKS)}, its model "
+                f"{size}; the vocabulary must be that of {BERT_REPO}"
+            )
         tower = BlipTower(vision, text, tokenizer, source=str(file), pixels=towers.pixels)
         return cls(tower.to(towers.device), head, **options)
 
@@ -130,15 +137,9 @@ class ImageRewardReward(Reward):
 
 
 def _load_tokenizer(place: str) -> Any:
+    """BERT's, with the marks that BLIP adds."""
     from transformers import BertTokenizer
 
-    try:
-        tokenizer = BertTokenizer.from_pretrained(place)
-        if len(tokenizer) <= NUM_MARKS:  # without its files, transformers makes an empty one
-            raise ValueError(f"only {len(tokenizer)} entries")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"rewards: 'imagereward' needs BERT's vocabulary, and it cannot be loaded from {place!r} "
-            f"({first_line(error)}); give tokenizer_path"
-        ) from error
+    tokenizer = load_tokenizer(BertTokenizer, place, BERT, owner="imagereward")
+    tokenizer.add_tokens(list(ADDED_MARKS), special_tokens=True)
     return tokenizer

@@ -17,6 +17,8 @@ QUALITY = 95
 class JpegSizeReward(Reward):
     """Kilobytes (1000 bytes) of the picture as JPEG of quality 95: negative to make pictures compressible.
 
+    Official preprocessing: none but the rounding to 8 bits; nothing is resized, so scores of two sizes do not compare.
+
     Args:
         prefer: ``"small"``: minus the size, compressibility; ``"large"``: the size, incompressibility.
 

@@ -14,7 +14,7 @@ from fastcraft.errors import UserError
 from fastcraft.records import RewardOutput
 from fastcraft.rewards.balance import balance
 from fastcraft.rewards.base import Reward
-from fastcraft.rewards.checks import checked_number
+from fastcraft.rewards.checks import check_name, checked_number
 from fastcraft.rewards.statistics import RunningStatistics
 from fastcraft.rewards.tower import Tower
 
@@ -39,8 +39,8 @@ class WeightedRewards(nn.Module):
         std_floor: smallest divisor, in units of the reward.
 
     Raises:
-        UserError: no rewards, a name twice, a weight that is no finite number, all weights 0 or a non-zero weight on a
-            reward without gradient while ``require_grad``.
+        UserError: no rewards, a name twice or reserved, a weight that is no finite number, all weights 0 or a non-zero
+            weight on a reward without gradient while ``require_grad``.
 
     Source: TextCraftor, arXiv:2403.18978, equation 7; the normalisations are ours.
     """
@@ -66,6 +66,7 @@ class WeightedRewards(nn.Module):
         if not self.names:
             raise UserError("rewards: at least one is needed, got none")
         for name in self.names:
+            check_name(name)
             if self.names.count(name) > 1:
                 raise UserError(f"rewards: {name!r} is named twice")
         if self.normalize not in get_args(Normalize):

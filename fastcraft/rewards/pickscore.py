@@ -5,9 +5,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from fastcraft.rewards.clip_files import LAION_CLIP_H
+from fastcraft.rewards.clip_files import LAION_CLIP_H, released_clip
 from fastcraft.rewards.clip_tower import ClipTower, Towers
-from fastcraft.rewards.tensor_files import ReleasedFile
 from fastcraft.rewards.tower_reward import TowerReward
 
 REPO = "yuvalkirstain/PickScore_v1"
@@ -19,6 +18,11 @@ class PickScoreReward(TowerReward):
     The released TextCraftor averages over the whole matrix, so its numbers (about 18.8 for Stable Diffusion 1.5) cannot
     be compared with these (about 21).
 
+    Official preprocessing, of transformers' ``CLIPProcessor``: the short side of the 8-bit picture becomes 224 by
+    bicubic, then the centre is cut out, half a pixel rounded down (`placement` ``crop_floor``); the text is not cleaned
+    (no ftfy, no unescaping): accents are composed, white space is collapsed, letters are lowered, and it is cut at 77
+    tokens.
+
     Args:
         tower: the CLIP model.
         options: see `TowerReward`.
@@ -29,10 +33,8 @@ class PickScoreReward(TowerReward):
     name = "pickscore"
     uses_prompt = True
     score_range = "[-100, 100]; Stable Diffusion 1.5 gives about 21"
-    files = (
-        ReleasedFile(name="model.safetensors", repo=REPO),
-        ReleasedFile(name="tokenizer.json", repo=LAION_CLIP_H),
-    )
+    fit = "crop_floor"
+    files = released_clip(REPO, vocabulary=LAION_CLIP_H)
 
     def __init__(self, tower: ClipTower, **options: Any) -> None:
         super().__init__(tower, **options)

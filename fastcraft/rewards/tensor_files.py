@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcraft.errors import UserError
+from fastcraft.rewards.wrong_files import refuse_wrong_file
 
 M = TypeVar("M", bound=nn.Module)
 ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
@@ -31,6 +32,8 @@ class ReleasedFile:
     """Empty = not known."""
     num_bytes: int = 0
     """0 = not known."""
+    instead: tuple[str, ...] = ()
+    """Files of the same place that serve together where this one is not there."""
 
     @property
     def origin(self) -> str:
@@ -46,14 +49,17 @@ class ReleasedFile:
         return Path(HF_HUB_CACHE) / f"models--{self.repo.replace('/', '--')}"
 
     def cached(self) -> Path | None:
-        """The downloaded copy, if there is one; nothing is downloaded."""
+        """The downloaded copy, or the first of those that serve instead; nothing is downloaded."""
         if not self.repo:
             file = self.cache_folder() / self.name
             return file if file.is_file() else None
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo, self.name)
-        return Path(found) if isinstance(found, str) else None
+        for names in ((self.name,), self.instead):
+            found = [try_to_load_from_cache(self.repo, name) for name in names]
+            if found and all(isinstance(file, str) for file in found):
+                return Path(str(found[0]))
+        return None
 
 
 def find_file(path: str, released: ReleasedFile, *, reward: str) -> Path:
@@ -66,7 +72,8 @@ def find_file(path: str, released: ReleasedFile, *, reward: str) -> Path:
         reward: its name, for messages.
 
     Raises:
-        UserError: nothing there (the message says where it looked), or another file under the released name.
+        UserError: nothing there (the message says where it looked), another file under the released name, or a web
+            page, a git-lfs pointer or nothing in its place.
     """
     local = Path(path).expanduser()
     if path and local.is_file():
@@ -82,6 +89,7 @@ def find_file(path: str, released: ReleasedFile, *, reward: str) -> Path:
         )
     else:
         file = _download(path or released.repo, released, reward=reward)
+    refuse_wrong_file(file, reward=reward)
     _check_sum(file, released, reward=reward, always=not path)
     return file
 
@@ -136,9 +144,12 @@ def read_tensors(file: str | os.PathLike[str], *, reward: str) -> dict[str, Tens
     that data-parallel training puts before every name is dropped.
 
     Raises:
-        UserError: another ending, not a plain file of tensors, damaged or cut short.
+        UserError: another ending, not a plain file of tensors, damaged, cut short or empty, a web page, a git-lfs
+            pointer.
     """
     file = Path(file)
+    if file.suffix in ENDINGS:
+        refuse_wrong_file(file, reward=reward)
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

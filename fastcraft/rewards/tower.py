@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fastcraft.rewards.preprocess import Resize, resize_normalize
+from fastcraft.rewards.preprocess import Fit, Resize, placement, resize_normalize
 
 
 class ImageCache:
@@ -81,12 +81,12 @@ class Tower(nn.Module):
             stack.enter_context(self.features.block())
             yield
 
-    def preprocessed(self, images: Tensor, size: int, *, resize: Resize, clamp: bool) -> Tensor:
+    def preprocessed(self, images: Tensor, size: int, *, resize: Resize, clamp: bool, fit: Fit = "crop") -> Tensor:
         """`resize_normalize` with the constants of CLIP, which BLIP uses too: ``(B, 3, size, size)``."""
         return self.pixels.get(
             images,
-            (size, resize, clamp),
-            lambda: resize_normalize(images, size, resize=resize, straight_through_clamp=clamp),
+            (size, placement(images, size, fit), resize, clamp),
+            lambda: resize_normalize(images, size, resize=resize, fit=fit, straight_through_clamp=clamp),
         )
 
 

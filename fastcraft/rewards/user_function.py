@@ -17,6 +17,8 @@ Function = Callable[[Tensor, Sequence[str]], Any]
 class CallableReward(Reward):
     """``function(images, prompts)``, for what does not deserve a class.
 
+    Official preprocessing: none; the function gets whole pictures, and texts as they are.
+
     Args:
         function: ``"package.module:name"`` or the function itself. It gets ``(B, 3, H, W)`` images in ``[0, 1]`` and B
             prompts, and returns B numbers: a tensor, an array or a list. It must not mix images of the batch.

@@ -49,7 +49,7 @@ CALLABLE = ("--set", "callable.function=scoring_functions:length")
 
 def test_table_json_and_csv_agree(score, folder, capsys):
     out = ["--json", str(folder / "s.json"), "--csv", str(folder / "s.csv")]
-    assert score("--rewards", "brightness,callable", *CALLABLE, *out, "--batch-size", "2", "--device", "cpu") == 0
+    assert score("--rewards", "brightness,callable", *CALLABLE, *out, "--batch-size", "2", "--device", "cpu") == 1
     content = json.loads((folder / "s.json").read_text())
     assert [row["file"] for row in content["pictures"]] == ORDER, "natural order"
     assert [row["prompt"] for row in content["pictures"]] == ["one", "two", "three", "four, with a comma"]
@@ -63,17 +63,22 @@ def test_table_json_and_csv_agree(score, folder, capsys):
     assert [float(row["brightness"]) for row in rows] == bright
     assert [row["callable"] for row in rows] == ["3.0", "", "5.0", "18.0"]
     assert rows[3]["prompt"] == "four, with a comma"
-    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr()
+    table = {line.split()[0]: line.split() for line in printed.out.splitlines()}
     assert float(table["brightness"][1]) == pytest.approx(sum(bright) / 4, abs=1e-4)
     assert table["callable"][-3:] == ["3", "of", "4"], "the score that is not a number is left out, and said"
     assert table["callable"][3:5] == ["3.0000", "1.jpg"]
+    assert "warning: 1 of 4 scores of callable are not finite numbers: 2.png\n" in printed.err
+    assert "note: --images: no pictures by their names, so not read: notes.txt\n" in printed.err
+    assert content["skipped"] == []
+    assert all(row["notes"] == [] for row in content["pictures"])
     import scoring_functions
 
     assert scoring_functions.sizes == [2, 1, 1], "two at once, and pictures of one size together"
 
 
 def test_scores_are_those_of_the_reward(score, folder, capsys):
-    from fastcraft.commands.pictures import read_picture
+    from fastcraft.commands.picture_file import read_picture
     from fastcraft.rewards.brightness import BrightnessReward
 
     assert score("--rewards", "brightness", "--json", str(folder / "s.json")) == 0
@@ -122,6 +127,15 @@ def test_counts_of_a_detector_are_printed(score, folder, capsys, monkeypatch):
             "kernels.backend: 'triton' cannot serve CLIPVisionModel: the kernels need a CUDA",
         ),
         (["--rewards", "brightness", "--csv", "/nowhere/s.csv"], "--csv: the folder of '/nowhere/s.csv' must exist"),
+        (["--rewards", "brightness", "--csv", "/tmp"], "--csv must be a file, got the folder '/tmp'"),
+        (["--rewards", "brightness", "--json", ""], "--json must be a file, got ''"),
+        (["--rewards", "brightness", "--json", "/nowhere/x/"], "--json must be a file, got the folder '/nowhere/x/'"),
+        (
+            ["--rewards", "brightness", "--json", "/tmp/fastcraft-s", "--csv", "/tmp/../tmp/fastcraft-s"],
+            "--csv must not be a file that is read or written too, got '/tmp/../tmp/fastcraft-s'",
+        ),
+        (["--rewards", "brightness", "--images", ""], "--images must be a folder, got ''"),
+        (["--rewards", "brightness", "--prompts", "/nowhere.txt"], "prompts: no such file: '/nowhere.txt'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(extra, message, score, capsys):
@@ -135,11 +149,14 @@ def test_bad_input_is_one_line_and_status_2(extra, message, score, capsys):
 def test_wrong_numbers_and_broken_pictures_are_named(score, folder, capsys):
     (folder / "images" / "broken.png").write_bytes(b"no picture")
     assert score("--rewards", "brightness") == 2
-    assert "one for each of the 5 pictures is needed, got 4" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        "one for each of the 5 pictures is needed, got 4; no pictures by their names, so not read: notes.txt" in error
+    )
     (folder / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
     assert score("--rewards", "brightness") == 2
     assert "broken.png' cannot be read as a picture" in capsys.readouterr().err
     for file in (folder / "images").iterdir():
         file.unlink()
     assert score("--rewards", "brightness") == 2
-    assert "holds no picture (.png, .jpg, .jpeg, .webp, .bmp)" in capsys.readouterr().err
+    assert "holds no picture (.png, .jpg, .jpeg, .webp, .bmp, .gif, .tif, .tiff)" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_a_head_of_another_width_is_refused(bundled, tmp_path, make_head):
         ("missing.pth", None, "must be a file, a folder with sac+logos+ava1-l14-linearMSE.pth or a hub id"),
         ("head.ckpt", b"x", "must end in .pth, .pt, .bin, .safetensors"),
         ("head.safetensors", b"x", "'aesthetic' cannot read"),
-        ("head.pth", b"", "'aesthetic' cannot read"),
+        ("head.pth", b"", "head.pth' of 'aesthetic' is an empty file"),
         ("head.pt", b"no pickle", "of 'aesthetic' holds more than tensors"),
     ],
 )

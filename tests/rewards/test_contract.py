@@ -8,6 +8,7 @@ from fastcraft.registry import Registry
 from fastcraft.rewards import REWARDS, RewardSpec, build_rewards
 from fastcraft.rewards.base import Reward
 from fastcraft.rewards.clip_tower import Towers
+from fastcraft.rewards.mix import WeightedRewards
 
 PROMPTS = ["a cat", "a dog"]
 
@@ -135,6 +136,25 @@ def test_recipe_mistakes_are_one_line(spec, message, bundled):
         build([spec], bundled=bundled)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", ["total", "file", "prompt"])
+def test_a_label_must_not_be_reserved(label, bundled):
+    message = f"rewards: label must not be {label!r}, which is the "
+    with pytest.raises(UserError, match=message) as error:
+        build([("brightness", 1.0, "", {}, label), ("clip", 1.0, "/nowhere", {})], bundled=bundled)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):
+        WeightedRewards([(label, ThresholdReward(0.5), 1.0)])
+    assert list(build([("brightness", 1.0, "", {}, f"{label}s")])(torch.rand(1, 3, 8, 8), [""]).parts) == [f"{label}s"]
+
+
+def test_a_users_class_must_not_be_called_total(monkeypatch):
+    monkeypatch.setattr(Registry, "get", lambda self, name: ThresholdReward)
+    monkeypatch.setattr(ThresholdReward, "name", "total")
+    with pytest.raises(UserError, match="label must not be 'total', which is the weighted sum of all rewards; give"):
+        build([("a:B", 1.0, "", {"threshold": 0.5})])
+    assert build([("a:B", 1.0, "", {"threshold": 0.5}, "mine")]).names == ["mine"]
 
 
 def test_shapes_needs_the_bundled_folder(tmp_path):

@@ -232,11 +232,14 @@ def published_image_reward(tensors, images, ids, mask):
 def test_imagereward_is_the_published_blip(build, images, standins):
     folder = standins["imagereward"][0]
     tensors = torch.load(f"{folder}/ImageReward.pt", weights_only=True)
-    prompts = ["a red cube", "", "so many words " * 20]
-    tokens = BertTokenizer.from_pretrained(folder)(
-        prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
-    )
+    prompts = ["a [DEC] cube [ENC] [dec]", "", "so many words " * 20]
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})  # as BLIP's init_tokenizer does, in this order
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     assert tokens.attention_mask.sum(dim=1).tolist()[1:] == [2, 35], "an empty and a cut prompt are among them"
+    last = len(tokenizer) - 1
+    assert tokens.input_ids[0].tolist().count(last - 1) == tokens.input_ids[0].tolist().count(last) == 1
     expected = published_image_reward(tensors, images, tokens.input_ids, tokens.attention_mask)
     assert expected.std() > 0.02, "the stand-in must tell the pairs apart"
     torch.testing.assert_close(build("imagereward")(images, prompts), expected, rtol=1e-5, atol=1e-5)

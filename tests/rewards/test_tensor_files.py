@@ -171,7 +171,7 @@ def damaged(name, standins, tmp_path, change):
         (
             "imagereward",
             lambda t: t.update({"blip.text_encoder.embeddings.word_embeddings.weight": torch.ones(9, 128)}),
-            "its tokenizer has id 56, its model only 9 ids",
+            "its tokenizer has 59 ids with [DEC] and [ENC], its model 9; the vocabulary must be",
         ),
         ("imagereward", lambda t: t.clear() or t.update(a=torch.ones(1)), "unexpected: a"),
     ],
@@ -196,8 +196,8 @@ def test_an_old_causal_mask_is_no_mistake(standins, tmp_path):
 
 def test_a_missing_vocabulary_says_where_it_looked(standins, tmp_path):
     for name, released, message in (
-        ("hpsv2", "HPS_v2_compressed.pt", "needs CLIP's vocabulary, .*'openai/clip-vit-large-patch14'.*tokenizer_path"),
-        ("imagereward", "ImageReward.pt", "needs BERT's vocabulary, .*'google-bert/bert-base-uncased'.*tokenizer_path"),
+        ("hpsv2", "HPS_v2_compressed.pt", "needs CLIP's vocabulary .*'openai/clip-vit-large-patch14'.*tokenizer_path"),
+        ("imagereward", "ImageReward.pt", "needs BERT's vocabulary .*'google-bert/bert-base-uncased'.*tokenizer_path"),
     ):
         (tmp_path / released).write_bytes((Path(standins[name][0]) / released).read_bytes())
         with pytest.raises(UserError, match=message) as error:
