@@ -276,4 +276,4 @@ def test_a_folder_that_cannot_be_listed_is_one_line(folder, capsys, monkeypatch)
 def test_a_mistyped_reward_is_said_before_pictures_are_read(folder, capsys):
     (folder / "images" / "0.png").write_bytes(b"")
     assert score(rewards="brightness,brightnes") == 2
-    assert "unknown name 'brightnes'; did you mean 'brightness'" in capsys.readouterr().err
+    assert "'brightnes'; did you mean 'brightness'" in capsys.readouterr().err
