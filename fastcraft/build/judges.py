@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastcraft.diffusion.use_kernels import use_kernels
-from fastcraft.errors import UserError
+from fastcraft.errors import UserError, named
 from fastcraft.evaluation.scores import Exam
 from fastcraft.recipe import Recipe, RewardConfig
 from fastcraft.registry import resolve
@@ -41,7 +41,8 @@ def build_judges(recipe: Recipe, *, device: torch.device) -> Judges:
     )
     held_out = build_rewards(_specs(recipe.held_out), towers=towers, require_grad=False) if recipe.held_out else None
     networks = [network for mix in (rewards, held_out) if mix is not None for network in mix.image_networks]
-    use_kernels(networks, backend=recipe.kernels.backend, device=device)
+    with named("kernels."):
+        use_kernels(networks, backend=recipe.kernels.backend, device=device)
     return Judges(rewards=rewards, held_out=held_out, exam=exam)
 
 

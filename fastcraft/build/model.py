@@ -72,17 +72,19 @@ def build_model(recipe: Recipe, *, device: torch.device) -> BuiltModel:
     text_part = _text_part(components.text_encoder, text, recipe, dtype, exact=exact, rounded=bool(exact))
     with named("model."):
         use_text_kv(components.unet)
-    use_kernels(
-        [components.unet, components.vae], backend=recipe.kernels.backend, device=device,
-        attention_table=recipe.kernels.attention_table,
-    )  # fmt: skip
+    with named("kernels."):
+        use_kernels(
+            [components.unet, components.vae], backend=recipe.kernels.backend, device=device,
+            attention_table=recipe.kernels.attention_table,
+        )  # fmt: skip
     trained = TrainedSet([text_part, *([unet_part] if unet_part.mode != "frozen" else [])], dtype=dtype)
-    sampler = make_grid(
-        components.schedule,
-        num_inference_steps=recipe.sampler.num_inference_steps,
-        eta=recipe.sampler.eta,
-        spacing=recipe.sampler.timestep_spacing,
-    )
+    with named("sampler."):
+        sampler = make_grid(
+            components.schedule,
+            num_inference_steps=recipe.sampler.num_inference_steps,
+            eta=recipe.sampler.eta,
+            spacing=recipe.sampler.timestep_spacing,
+        )
     encoder = PromptEncoder(
         components.tokenizer,
         trained=partial(trained, "text"),

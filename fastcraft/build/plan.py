@@ -61,13 +61,14 @@ def check_plan(recipe: Recipe, device: torch.device) -> Callable[[int], Checkpoi
 
 def check_switches(recipe: Recipe, device: torch.device, plan: CheckpointPlan | None = None) -> None:
     """`refuse_acceleration` for the recipe's switches; ``plan`` once it is known."""
-    refuse_acceleration(
-        compile=recipe.kernels.compile,
-        cuda_graphs=recipe.kernels.cuda_graphs,
-        device_type=device.type,
-        plan=plan,
-        policy=recipe.memory.policy,
-    )
+    with named("kernels."):
+        refuse_acceleration(
+            compile=recipe.kernels.compile,
+            cuda_graphs=recipe.kernels.cuda_graphs,
+            device_type=device.type,
+            plan=plan,
+            policy=recipe.memory.policy,
+        )
 
 
 def run_planner(recipe: Recipe, networks: Networks, device: torch.device, *, treatments: Iterable[str] = ()) -> Planner:
@@ -107,5 +108,6 @@ def accelerated(recipe: Recipe, model: ImageModel, plan: CheckpointPlan) -> tupl
         ),
         uncond_trained=recipe.text.uncond_encoder == "trained",
     )
-    unet, said = accelerate(probe, compile=kernels.compile, cuda_graphs=kernels.cuda_graphs)
+    with named("kernels: "):
+        unet, said = accelerate(probe, compile=kernels.compile, cuda_graphs=kernels.cuda_graphs)
     return replace(model, network=model.network.using(unet)), said

@@ -14,7 +14,7 @@ from fastcraft.build.plan import Plans, accelerated, build_plans, check_plan, ch
 from fastcraft.build.prompts import Prompts, build_prompts, count_truncated
 from fastcraft.data.order import PromptOrder
 from fastcraft.diffusion.prefix_store import DiskStore, MemoryStore, Prefixes, prefix_context
-from fastcraft.errors import UserError
+from fastcraft.errors import UserError, named
 from fastcraft.families.image_model import ImageModel
 from fastcraft.forecast.networks import Networks, networks_of
 from fastcraft.objectives import OBJECTIVES
@@ -139,4 +139,6 @@ def _prefixes(recipe: Recipe, parts: Parts, images: ImageModel) -> Prefixes:
     }
     text = parts.model.trained.parts["text"]
     context = prefix_context([images.network.module, text.original or text.module], settings)
-    return Prefixes(store=DiskStore(Path(memory.prefix_store).expanduser(), max_bytes=max_bytes), context=context)
+    with named("memory.prefix_store: "):
+        store = DiskStore(Path(memory.prefix_store).expanduser(), max_bytes=max_bytes)
+    return Prefixes(store=store, context=context)

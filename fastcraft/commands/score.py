@@ -12,7 +12,7 @@ from fastcraft.commands.score_files import check_output, write_output
 from fastcraft.commands.score_prompts import prompts_of
 from fastcraft.commands.score_table import ScoreTable
 from fastcraft.config import parse_value
-from fastcraft.errors import UserError
+from fastcraft.errors import UserError, named
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,8 @@ def _build(specs: "list[RewardSpec]", args: argparse.Namespace) -> "tuple[Weight
     bundled = Path(__file__).parents[1] / "shapes" / "weights" / "reward"
     towers = Towers(device=device, dtype=getattr(torch, args.dtype), bundled=bundled)
     rewards = build_rewards(specs, towers=towers, require_grad=False)
-    use_kernels(rewards.image_networks, backend=args.kernels, device=device)
+    with named("--kernels: "):
+        use_kernels(rewards.image_networks, backend=args.kernels, device=device)
     return rewards, device
 
 

@@ -67,7 +67,7 @@ def load_prompts(path: str | Path, *, column: str = "", max_characters: int = 40
     """
     file = Path(path)
     if max_characters < 1:
-        raise UserError(f"prompts.max_characters must be at least 1, got {max_characters}")
+        raise UserError(f"max_characters must be at least 1, got {max_characters}")
     counts = _Counts()
     try:
         _check_file(file)

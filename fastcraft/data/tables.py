@@ -106,8 +106,8 @@ def choose_column(names: Sequence[str], column: str, *, path: Path) -> str:
             return name
     found = ", ".join(map(repr, names[:20])) or "none"
     if column:
-        raise UserError(f"prompts.column: no column {column!r} in {str(path)!r}; columns found: {found}")
-    raise UserError(f"prompts.column: name one, for {str(path)!r} has none of {', '.join(COLUMNS)}; found: {found}")
+        raise UserError(f"prompts: no column {column!r} in {str(path)!r}; columns found: {found}")
+    raise UserError(f"prompts: name a column, for {str(path)!r} has none of {', '.join(COLUMNS)}; found: {found}")
 
 
 def _read_separated(path: Path, column: str, **dialect: Any) -> Rows:

@@ -44,10 +44,10 @@ def refuse_acceleration(
         policy: the recipe's name for it.
     """
     if cuda_graphs != "none" and device_type != "cuda":
-        raise UserError(f"kernels.cuda_graphs: {cuda_graphs!r} needs a CUDA device, got {device_type}")
+        raise UserError(f"cuda_graphs: {cuda_graphs!r} needs a CUDA device, got {device_type}")
     if cuda_graphs != "none" and policy == "auto":
         raise UserError(
-            f"kernels.cuda_graphs: {cuda_graphs!r} needs a memory.policy other than 'auto', whose estimate does not "
+            f"cuda_graphs: {cuda_graphs!r} needs a checkpoint policy other than 'auto', whose estimate does not "
             "know what graphs hold"
         )
     if plan is None:
@@ -55,7 +55,7 @@ def refuse_acceleration(
     treatments = sorted({*plan.steps, RECOMPUTE} if plan.segments else set(plan.steps))
     if cuda_graphs == "all" and (plan.segments or plan.batched or not set(treatments) <= {KEEP, RECOMPUTE}):
         raise UserError(
-            "kernels.cuda_graphs: 'all' replays single steps, kept or recomputed as a whole (memory.policy none, step, "
+            "cuda_graphs: 'all' replays single steps, kept or recomputed as a whole (policies none, step, "
             f"last_k_live:k), got {policy or treatments!r}"
         )
     if compile not in COMPILED_TREATMENTS:
@@ -66,7 +66,7 @@ def refuse_acceleration(
     if why:
         known = "none, step, step+block," if compile == "blocks" else "none, step,"
         raise UserError(
-            f"kernels.compile: {compile!r} {why}; memory.policy must be {known} segment:k or last_k_live:k, got "
+            f"compile: {compile!r} {why}; the policy must be {known} segment:k or last_k_live:k, got "
             f"{policy or treatments!r}"
         )
 
@@ -194,7 +194,7 @@ class AcceleratedUNet:
             self._learned.add(key)
         elif key not in self._learned:
             self._note(
-                f"kernels.compile: runs eager on latents of {_shape(sample)} and {flat[0].shape[1]} "
+                f"compile: runs eager on latents of {_shape(sample)} and {flat[0].shape[1]} "
                 "text tokens, for which nothing was compiled"
             )
             with torch.compiler.set_stance("force_eager"):
@@ -207,7 +207,7 @@ class AcceleratedUNet:
         assert self._graphs is not None
         if self._graphs.takes(inputs):
             return True
-        self._note(f"kernels.cuda_graphs: {MAX_SHAPES} kinds of calls are recorded; {_shape(inputs[0])} runs without")
+        self._note(f"cuda_graphs: {MAX_SHAPES} kinds of calls are recorded; {_shape(inputs[0])} runs without")
         return False
 
     def _note(self, text: str) -> None:

@@ -56,12 +56,12 @@ class Patch:
 
     def __init__(self, *models: nn.Module, backend: str = "auto") -> None:
         if backend not in BACKENDS:
-            raise UserError(f"kernels.backend: unknown name {backend!r}{suggestion(backend, BACKENDS)}")
+            raise UserError(f"backend: unknown name {backend!r}{suggestion(backend, BACKENDS)}")
         if backend == "triton":
             for model in models:
                 parameter = next(model.parameters())
                 if reason := triton_refusal(parameter.device, parameter.dtype):
-                    raise UserError(f"kernels.backend: 'triton' cannot serve {type(model).__name__}: {reason}")
+                    raise UserError(f"backend: 'triton' cannot serve {type(model).__name__}: {reason}")
         self.backend = backend
         self.models = tuple(dict.fromkeys(models))
         plans = [_plan(model) for model in self.models]

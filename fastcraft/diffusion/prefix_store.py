@@ -83,9 +83,9 @@ class DiskStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"memory.prefix_store: cannot make the folder {str(folder)!r}: {error.strerror}") from error
+            raise UserError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from error
         if not os.access(folder, os.W_OK):
-            raise UserError(f"memory.prefix_store: the folder must be writable, got {str(folder)!r}")
+            raise UserError(f"the folder must be writable, got {str(folder)!r}")
 
     def get(self, key: str) -> Tensor | None:
         """The entry, on the CPU, or None."""

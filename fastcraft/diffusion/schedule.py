@@ -85,7 +85,7 @@ def timestep_grid(schedule: NoiseSchedule, num_inference_steps: int, spacing: st
     """
     total = schedule.num_train_timesteps
     if not 1 <= num_inference_steps <= total:
-        raise UserError(f"sampler.num_inference_steps must lie in 1..{total}, got {num_inference_steps}")
+        raise UserError(f"num_inference_steps must lie in 1..{total}, got {num_inference_steps}")
     if spacing == "trailing":
         step = (total - total / num_inference_steps) - total  # rounded as in `numpy.arange`, which decides the halves
         return tuple(round(total + i * step) - 1 for i in range(num_inference_steps))
@@ -94,8 +94,8 @@ def timestep_grid(schedule: NoiseSchedule, num_inference_steps: int, spacing: st
         first = (num_inference_steps - 1) * stride + schedule.steps_offset
         if first >= total:
             raise UserError(
-                f"sampler.num_inference_steps: {num_inference_steps} 'leading' steps begin at timestep {first}, "
+                f"num_inference_steps: {num_inference_steps} 'leading' steps begin at timestep {first}, "
                 f"above the model's {total - 1}"
             )
         return tuple(first - i * stride for i in range(num_inference_steps))
-    raise UserError(f"sampler.timestep_spacing must be 'trailing' or 'leading', got {spacing!r}")
+    raise UserError(f"timestep_spacing must be 'trailing' or 'leading', got {spacing!r}")

@@ -1,4 +1,4 @@
-"""Whether the fused ops are put in, for the rest of the process: what ``kernels.backend`` means."""
+"""Whether the fused ops are put in, for the rest of the process: what a recipe's ``kernels.backend`` means."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def use_kernels(models: Sequence[nn.Module], *, backend: str, device: torch.devi
         try:
             load_attention_table(attention_table)
         except ValueError as error:
-            raise UserError(f"kernels.attention_table: {error}") from error
+            raise UserError(f"attention_table: {error}") from error
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         from fastcraft.diffusion.patch import Patch  # the ops take a second to load; a run without them need not wait
 

@@ -120,11 +120,11 @@ def evaluate_pictures(
             figures = exam(images, list(prompts))
         for name, figure in figures.items():
             if name.startswith((REWARD, REWARD_SE)):
-                raise UserError(f"evaluate.exam must not use names that begin with {REWARD!r}, got {name!r}")
+                raise UserError(f"an exam must not use names that begin with {REWARD!r}, got {name!r}")
             try:
                 table[name] = float(figure)
             except (TypeError, ValueError) as error:
-                raise UserError(f"evaluate.exam must return numbers, got {name} = {figure!r}") from error
+                raise UserError(f"an exam must return numbers, got {name} = {figure!r}") from error
     return table
 
 

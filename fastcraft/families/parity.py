@@ -126,7 +126,7 @@ def accelerate(
         UserError: it cannot be compiled or recorded here, or gives other numbers than eager.
     """
     switches = {"compile": compile, "cuda_graphs": cuda_graphs}
-    named = " and ".join(f"kernels.{key} = {value!r}" for key, value in switches.items() if value != "none")
+    named = " and ".join(f"{key} = {value!r}" for key, value in switches.items() if value != "none")
     unet, began = probe.model.network.module, time.perf_counter()
     eager, own = probe.run(unet), _eager_and_truth(probe)
     try:

@@ -98,7 +98,7 @@ def test_names_that_do_not_fit_are_refused(content, message, paired):
 def test_names_that_are_no_names_are_refused(paired):
     refused(paired, "entry 1: 'file' must name a picture, got 1", "json", [{"prompt": "a", "file": 1}])
     entries = [{"prompt": "a", "file": "1.png"}, {"prompt": "b"}]
-    refused(paired, "prompts.column: no column 'file'", "json", entries)
+    refused(paired, "prompts: no column 'file'", "json", entries)
 
 
 def test_what_cannot_be_read_is_refused_as_ever(paired):

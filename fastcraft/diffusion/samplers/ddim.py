@@ -22,7 +22,7 @@ def ddim(schedule: NoiseSchedule, *, num_inference_steps: int, eta: float = 0.0,
         UserError: an argument outside the above.
     """
     if not 0 <= eta <= 1:
-        raise UserError(f"sampler.eta must lie in [0, 1], got {eta}")
+        raise UserError(f"eta must lie in [0, 1], got {eta}")
     timesteps = timestep_grid(schedule, num_inference_steps, spacing)
     stride = schedule.num_train_timesteps // num_inference_steps
     return Grid(tuple(_row(schedule, timestep, timestep - stride, eta) for timestep in timesteps))
