@@ -1,8 +1,8 @@
 """The training engine: DeepSpeed ZeRO around the trained module, and nothing else. Only this file imports deepspeed.
 
 Trained parameters are float32, with autocast inside the forward, or bfloat16 with float32 masters and gradients, which
-takes 6 bytes a parameter less on every rank. DeepSpeed would build those masters from the rounded weights; they are set
-to the exact ones instead. Its timers see only this module, and its checkpoints are replaced by
+takes 6 bytes a parameter less on every rank, always by ZeRO-2. DeepSpeed would build those masters from the rounded
+weights; they are set to the exact ones instead. Its timers see only this module, and its checkpoints are replaced by
 `fastcraft.engine.checkpoint`.
 """
 
@@ -136,6 +136,7 @@ class Zero2Engine:
         self._check_parameters(module)
         if self._dtype == torch.bfloat16:
             config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+            config["zero_optimization"]["stage"] = 2  # the same numbers; for stage 1 DeepSpeed has an optimiser apart
             config.pop("torch_autocast", None)
         module.to(device)
         self._initialize(module, config, params, device)

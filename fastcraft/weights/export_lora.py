@@ -60,27 +60,12 @@ def export_lora(
         raise ValueError("export_lora: there are no parts")
     references = {part: _reference(part, reference_ids, reference_call) for part in models}
     version = base_model_version or _base_model_version(models)
-    trained = {
-        part: _Trained(model=model, weights=part_weights(model), reference=references[part],
-                       expected=outputs(model, references[part]))
-        for part, model in models.items()
-    }  # fmt: skip
-    metadata = _metadata(trained, version, title, resolution)
-
-    def write(folder: Path) -> list[ExportReport]:
-        reports = []
-        for name, state, notes in (
-            (LORA_FILE, _diffusers(trained), {"format": "pt"}),
-            (KOHYA_FILE, _kohya(trained, version), metadata),
-        ):
-            write_tensors(folder / name, {key: tensor.contiguous() for key, tensor in state.items()}, metadata=notes)
-            path = out / "lora" / name
-            error = max(_read_back(folder / name, path, part, own) for part, own in trained.items())
-            what = compared([*models])
-            reports.append(ExportReport(path=path, num_tensors=len(state), max_abs_error=error, what=what))
-        return reports
-
-    reports = write_folder(out / "lora", write)
+    trained = {part: _Trained.of(model, references[part]) for part, model in models.items()}
+    variants = {
+        LORA_FILE: (_diffusers(trained), {"format": "pt"}),
+        KOHYA_FILE: (_kohya(trained, version), _metadata(trained, version, title, resolution)),
+    }
+    reports = write_folder(out / "lora", lambda folder: _write(folder, out / "lora", variants, trained))
     write_readme(out)
     return reports
 
@@ -93,6 +78,24 @@ class _Trained:
     weights: PartWeights
     reference: Reference
     expected: list[Tensor]
+
+    @classmethod
+    def of(cls, model: Any, reference: Reference) -> "_Trained":
+        return cls(model=model, weights=part_weights(model), reference=reference, expected=outputs(model, reference))
+
+
+Variants = Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]
+"""Name of a file -> tensors and metadata."""
+
+
+def _write(folder: Path, final: Path, variants: Variants, trained: Mapping[str, _Trained]) -> list[ExportReport]:
+    reports = []
+    for name, (state, notes) in variants.items():
+        write_tensors(folder / name, {key: tensor.contiguous() for key, tensor in state.items()}, metadata=notes)
+        error = max(_read_back(folder / name, final / name, part, own) for part, own in trained.items())
+        what = compared([*trained])
+        reports.append(ExportReport(path=final / name, num_tensors=len(state), max_abs_error=error, what=what))
+    return reports
 
 
 def _reference(part: str, ids: Tensor | None, call: Mapping[str, Any] | None) -> Reference:

@@ -66,7 +66,7 @@ def from_diffusers(
         old = name.replace(".processor.", ".")
         if old.endswith(".alpha"):
             alphas[_layer(old.removesuffix(".alpha"), names, source)] = float(tensor)
-        elif (match := _NAME.fullmatch(old)) and "magnitude" not in old:
+        elif match := _NAME.fullmatch(old):
             side = match["side"] or {"down": "A", "up": "B"}[match["way"]]
             lora[f"{_layer(match['module'], names, source)}.lora_{side}.weight"] = tensor
         else:

@@ -1,7 +1,8 @@
-"""Every case again, against the numbers on file: equal to the last bit on the machine that recorded them.
+"""Every case again, against the numbers on file: equal to the last bit on a machine like the one that recorded them.
 
 Elsewhere sums are added up in another order, and every step starts from the rounding of those before it. Measured with
-``python -m tests.golden.record --compare --threads 2`` and with narrower vector instructions, see `TOLERANCE`.
+AVX2 instead of AVX-512: in the first three steps losses differ by up to 9e-4 and gradient norms by up to 1e-2; later
+losses by up to 1e-2 (8e-2 near the zero of the hinge) and gradient norms by a factor. Two threads are closer to one.
 """
 
 import pytest
@@ -11,8 +12,10 @@ from fastcraft_kernels.backend import set_backend
 from tests.golden.cases import CASES, LONG, SAME_AS, SHORT, SLOW_ONLY
 from tests.golden.job import VALUES, fingerprint, numbers, read, run_case, threads
 
-TOLERANCE = {"loss": 1e-3, "grad_norm": 1e-2, "lr": 1e-12, "rewards": 1e-3}
-"""Relative, on another machine."""
+EARLY = {"loss": 3e-3, "rewards": 3e-3, "grad_norm": 3e-2, "lr": 1e-12}
+"""Relative, on another machine, in the first `SHORT` steps; a loss of small scale is not let off."""
+LATE = {"loss": 1e-1, "rewards": 1e-1, "lr": 1e-12}
+"""The same of later steps, whose gradient norms say nothing there."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +34,15 @@ def check(name, num_steps, part, folder):
         return
     for now, was in zip(found["steps"], expected["steps"], strict=True):
         assert now["step"] == was["step"]
-        for key, value in numbers(was).items():
-            assert numbers(now)[key] == pytest.approx(value, rel=TOLERANCE[key.partition(".")[0]]), (key, was["step"])
+        close(numbers(now), numbers(was), EARLY if was["step"] <= SHORT else LATE)
+
+
+def close(now, was, tolerance):
+    """Whether all numbers that have a tolerance are within it."""
+    assert now.keys() == was.keys()
+    for key, value in was.items():
+        if (relative := tolerance.get(key.partition(".")[0])) is not None:
+            assert now[key] == pytest.approx(value, rel=relative), key
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SLOW_ONLY])

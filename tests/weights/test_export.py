@@ -11,7 +11,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.text_kv import use_text_kv
+from fastcraft.durable import write_tensors
 from fastcraft.trained.lora import UNET_TARGETS, inject_lora
+from fastcraft.weights import export
 from fastcraft.weights.export import ExportError, export_text_encoder, export_unet
 from fastcraft.weights.verify import outputs, same
 from tests.diffusion.narrow_models import make_narrow
@@ -148,8 +150,13 @@ def test_a_unet_in_use_is_exported_merged(name, tmp_path):
     assert 0 < report.max_abs_error < 0.5 * expected.abs().max()
 
 
+def wrong(state, token):
+    name = "text_model.embeddings.token_embedding.weight"
+    return dict(state) | {name: state[name].index_fill(0, torch.tensor([token]), 0.0)}
+
+
 def test_an_export_that_does_not_read_back_is_not_put_in_place(
-    make_text_model, make_unet, unet_call, tokenizer_folder, tmp_path, input_ids
+    make_text_model, make_unet, unet_call, tokenizer_folder, tmp_path, input_ids, monkeypatch
 ):
     good = make_text_model()
     export_text_encoder(good, tokenizer_folder, tmp_path, reference_ids=input_ids)
@@ -162,6 +169,13 @@ def test_an_export_that_does_not_read_back_is_not_put_in_place(
     nn.init.constant_(broken.final_layer_norm.weight, float("nan"))
     with pytest.raises(ExportError, match="not finite"):
         export_text_encoder(broken, tokenizer_folder, tmp_path, reference_ids=input_ids)
+    with monkeypatch.context() as patch:  # a token that the reference does not have
+        unseen = min(set(range(514)) - set(input_ids.flatten().tolist()))
+        patch.setattr(
+            export, "write_tensors", lambda path, state, **kw: write_tensors(path, wrong(state, unseen), **kw)
+        )
+        with pytest.raises(ExportError, match="text_encoder: the reloaded weights are not those"):
+            export_text_encoder(good, tokenizer_folder, tmp_path, reference_ids=input_ids)
     unet = make_unet()
     unet.conv_out.register_forward_hook(lambda module, inputs, output: output * 1.001)
     with pytest.raises(ExportError, match="unet: predictions differ"):

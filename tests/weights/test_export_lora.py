@@ -11,6 +11,7 @@ from fastcraft.errors import UserError
 from fastcraft.trained.lora import UNET_CONV_TARGETS, UNET_TARGETS, inject_lora
 from fastcraft.weights import export_lora as module
 from fastcraft.weights.export import ExportError, export_lora
+from fastcraft.weights.lora_kohya import to_kohya
 from fastcraft.weights.verify import outputs, same
 from tests.diffusion.narrow_models import make_narrow
 from tests.weights.conftest import fill_b
@@ -114,6 +115,12 @@ def test_what_does_not_read_back_is_not_put_in_place(make_lora, tmp_path, input_
             patch.setattr(module, function, flawed)
             with pytest.raises(ExportError, match=r"lora/(pytorch_lora|kohya).*\.safetensors: "):
                 export_lora(make_lora(2, 4), tmp_path, reference_ids=input_ids)
+    with monkeypatch.context() as patch:  # as much as rounding, and so only seen in the weights themselves
+        patch.setattr(
+            module, "to_kohya", lambda *args, **kw: {n: x * (1 + 3e-7) for n, x in to_kohya(*args, **kw).items()}
+        )
+        with pytest.raises(ExportError, match="adapters of 'text' are not those that were trained"):
+            export_lora(make_lora(2, 4), tmp_path, reference_ids=input_ids)
     hooked = make_lora(2, 4)
     hooked.final_layer_norm.register_forward_hook(lambda module, inputs, output: output * 1.001)  # not in any file
     with pytest.raises(ExportError, match="embeddings differ by"):

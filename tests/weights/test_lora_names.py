@@ -133,14 +133,19 @@ def test_alphas_of_kohya_differ_or_are_missing(text):
 
 
 @pytest.mark.parametrize(
-    "mark", ["hada_w1_a", "lokr_w1", "lora_mid.weight", "dora_scale", "diff", "diff_b", "oft_blocks"]
-)
-def test_other_adapters_of_kohya_are_refused_by_name(mark, text, unet):
+    ("mark", "kind"),
+    [
+        ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("lora_mid.weight", "LoRA with a Tucker core"),
+        ("dora_scale", "DoRA"),
+        ("diff", "differences"), ("diff_b", "differences"), ("oft_blocks", "'lora_unet"),
+    ],
+)  # fmt: skip
+def test_other_adapters_of_kohya_are_refused_by_name(mark, kind, text, unet):
     modules, own = text
     state = to_kohya("text", own.lora, own.scaling)
     other = {f"lora_unet_{TO_OUT.replace('.', '_')}.{mark}": torch.zeros(1)}
     assert from_kohya(state | other, "text", modules)[0].keys() == own.lora.keys()  # another part's affair
-    with pytest.raises(UserError, match=f"a.safetensors: must be a plain LoRA adapter, got .*{mark}"):
+    with pytest.raises(UserError, match=rf"a\.safetensors: must be a plain LoRA adapter, got {kind}.*{mark}"):
         from_kohya(other, "unet", unet[0], source="a.safetensors")
 
 
@@ -172,6 +177,8 @@ def test_names_of_stability_are_those_that_diffusers_reads(name):
         for key, tensor in state.items()
     }
     assert len(checkpoint) == len(state)
+    first = "output_blocks.1.2.conv" if name == "sdxl" else "output_blocks.1.1.conv"  # behind attention, or not
+    assert names["up_blocks.0.upsamplers.0.conv"] == first
     config = dict(unet.config) | ({"class_embed_type": None} if name != "sdxl" else {})
     assert same(convert_ldm_unet_checkpoint(checkpoint, config), dict(state))
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
 
 from fastcraft.errors import UserError
 from fastcraft.trained.lora import TEXT_TARGETS, inject_lora
@@ -41,6 +42,12 @@ def test_names_of_peft_in_all_their_forms(make_lora, make_text_model):
     wrapped = get_peft_model(make_text_model(), LoraConfig(r=4, lora_alpha=6, target_modules=list(TEXT_TARGETS)))
     assert part_weights(wrapped).lora.keys() == lora.keys()
     assert part_weights(wrapped).scaling.keys() == {name.rpartition(".lora_")[0] for name in lora}
+
+
+def test_a_layer_that_is_called_base_keeps_its_name():
+    model = nn.ModuleDict({"x": nn.ModuleDict({"base": nn.Linear(2, 2)}), "y": nn.Linear(2, 2)})
+    inject_lora(model, rank=1, alpha=1, targets=["y"])
+    assert part_weights(model).whole.keys() == {"x.base.weight", "x.base.bias", "y.weight", "y.bias"}
 
 
 def test_only_plain_adapters(make_text_model, make_lora):
