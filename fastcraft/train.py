@@ -182,7 +182,8 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
 
 def _engine(recipe: Recipe, parts: "Parts", ds_config: dict[str, Any]) -> "Zero2Engine":
     """Around what is trained, a parameter group for each part."""
-    from fastcraft.engine.zero2 import ParameterGroup, Zero2Engine
+    from fastcraft.engine.groups import ParameterGroup
+    from fastcraft.engine.zero2 import Zero2Engine
 
     trained, options = parts.model.trained, recipe.train
     groups = [

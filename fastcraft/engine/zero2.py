@@ -13,7 +13,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,40 +21,13 @@ from torch import Tensor, nn
 
 from fastcraft.engine import averages
 from fastcraft.engine.agreement import agree, rank
+from fastcraft.engine.groups import ParameterGroup, StepResult, one_group
 from fastcraft.engine.out_of_memory import MemoryRanOutError, is_out_of_memory
 from fastcraft.engine.schedule import lr_at
 from fastcraft.errors import UserError
 from fastcraft.weights.keymap import parameter_group
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParameterGroup:
-    """Parameters with a learning rate of their own, by their names in the module.
-
-    ``learning_rate`` is the peak; ``ema_decay`` that of an average kept beside the weights, 0 = none.
-    """
-
-    name: str
-    parameters: Mapping[str, nn.Parameter]
-    learning_rate: float
-    ema_decay: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What one call of `Zero2Engine.step` did.
-
-    ``took_step``: the weights were updated. ``skipped``: an update was due and dropped, the gradient not being finite.
-    Both are False while gradients accumulate. ``grad_norm``: global norm before clipping when the weights were
-    updated. ``lr``: the learning rates of this update, or of the one that is due next, by parameter group.
-    """
-
-    took_step: bool
-    skipped: bool
-    grad_norm: float | None
-    lr: Mapping[str, float]
 
 
 def init_distributed(device_type: str) -> bool:
@@ -131,7 +103,7 @@ class Zero2Engine:
         self._schedule: dict[str, Any] = {
             "warmup_steps": warmup_steps, "total_steps": total_steps, "schedule": lr_schedule,
         }  # fmt: skip
-        self._groups = list(groups or _one_group(module, learning_rate=params["lr"]))
+        self._groups = list(groups or one_group(module, learning_rate=params["lr"]))
         self._parameters = {name: param for group in self._groups for name, param in group.parameters.items()}
         self._check_parameters(module)
         if self._dtype == torch.bfloat16:
@@ -422,8 +394,3 @@ class Zero2Engine:
         self._updates = updates
         for moments in self._zero.optimizer.state.values():
             moments["step"].fill_(updates)
-
-
-def _one_group(module: nn.Module, *, learning_rate: float) -> list[ParameterGroup]:
-    parameters = {name: param for name, param in module.named_parameters() if param.requires_grad}
-    return [ParameterGroup(name="all", parameters=parameters, learning_rate=learning_rate)]
