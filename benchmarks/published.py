@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastcraft.assemble import Parts
+from fastcraft.build.run import Parts
 
 Style = Literal["published", "repaired", "alignprop"]
 
@@ -32,7 +32,7 @@ class PublishedLoop:
     Args:
         parts: of the recipe; its models' folder, tokenizer, text encoder and rewards are used, not its UNet and VAE.
         style: see above.
-        dtype: of UNet and VAE; the rewards are as assembled.
+        dtype: of UNet and VAE; the rewards are as they were built.
         guidance_scale: above 1.
         num_inference_steps: T.
         backprop_steps: K.
@@ -45,7 +45,8 @@ class PublishedLoop:
     ) -> None:  # fmt: skip
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-        folder, self.device = parts.components.folder, parts.image_model.device
+        components = parts.model.components
+        folder, self.device = components.folder, parts.model.images.device
         self.unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(self.device)
         self.vae: Any = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(self.device)
         self.scheduler = DDIMScheduler.from_config(
@@ -53,8 +54,8 @@ class PublishedLoop:
         )
         self.scheduler.set_timesteps(num_inference_steps)
         self.style, self.dtype = style, dtype
-        self.tokenizer, self.rewards = parts.components.tokenizer, parts.rewards
-        self.text_encoder = parts.components.text_encoder
+        self.tokenizer, self.rewards = components.tokenizer, parts.judges.rewards
+        self.text_encoder = components.text_encoder
         self.original = copy.deepcopy(self.text_encoder).requires_grad_(False)
         self.guidance_scale, self.backprop_steps = guidance_scale, backprop_steps
         self.vae.requires_grad_(False)

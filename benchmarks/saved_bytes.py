@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.families.components import freeze
+from fastcraft.families.unet import UNetNetwork, use_text_kv
+from fastcraft.records import PromptEmbeds, TextEmbeds
 
 RESULTS = Path(__file__).parent / "results" / "saved_bytes"
 TEXT_LENGTH = 77
@@ -114,10 +115,11 @@ def count_unet(model: str) -> Rows:
     rows = {"plain": _kept(call, owned)}
     if added is None:
         use_text_kv(unet)
-        kv = project_text(unet, text)
+        conditioning = UNetNetwork(module=unet).condition(PromptEmbeds(cond=TextEmbeds(sequence=text)))
         with Patch(unet):
             rows["patched"] = _kept(
-                lambda: call(encoder_hidden_states=None, cross_attention_kwargs={"text_kv": kv}), [*owned, *kv.flat()]
+                lambda: call(encoder_hidden_states=None, cross_attention_kwargs={"conditioning": conditioning}),
+                [*owned, *conditioning.flat()],
             )
     else:
         with Patch(unet):

@@ -270,7 +270,8 @@ def main() -> None:
         machine = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"{found['cpu']}, {result['threads']} thread"
         )
-        sizes = f"T = {recipe.sampler.num_inference_steps}, K = {recipe.objective.backprop_steps}, {recipe.train.dtype}"
+        depth = recipe.objective.settings.backprop_steps
+        sizes = f"T = {recipe.sampler.num_inference_steps}, K = {depth}, {recipe.train.dtype}"
         plot(rows, args.out.with_suffix(".png"), title=f"{args.recipe} ({sizes}) on {machine}")
 
 

@@ -15,28 +15,31 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.published import PublishedLoop
-from fastcraft.assemble import assemble, make_objective, make_order
+from fastcraft.build.run import build_objective, build_order, build_run
 from fastcraft.config import load_recipe
 from fastcraft.data.order import sample_seed
 from fastcraft.engine.agreement import close_distributed
-from fastcraft.engine.zero2 import Zero2Engine, fill_ds_config, init_distributed, load_ds_config
+from fastcraft.engine.ds_config import load_ds_config
+from fastcraft.engine.zero2 import init_distributed
 from fastcraft.recipe import Recipe
+from fastcraft.train import _engine, _fill
 
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
 
 def published(recipe: Recipe, device: torch.device, *, kind: str) -> Callable[[int], float]:
     """A step function of `PublishedLoop`; ``kind`` is its style, or "compiled"."""
-    parts = assemble(recipe, device=device)
+    parts = build_run(recipe, device=device)
     loop = PublishedLoop(
         parts, style="repaired" if kind == "compiled" else kind, dtype=getattr(torch, recipe.train.dtype),  # type: ignore[arg-type]
         guidance_scale=recipe.sampler.guidance_scale, num_inference_steps=recipe.sampler.num_inference_steps,
-        backprop_steps=recipe.objective.backprop_steps, spacing=recipe.sampler.timestep_spacing,
+        backprop_steps=recipe.objective.settings.backprop_steps, spacing=recipe.sampler.timestep_spacing,
     )  # fmt: skip
     if kind == "compiled":
         loop.compile()
-    order = make_order(recipe, parts, world_size=1)
-    noise = dataclasses.replace(parts.image_model, unet=None, vae=None).noise  # the loop has networks of its own
+    order = build_order(recipe, parts.prompts.training, parts.model.images, world_size=1)
+    hollow: Any = {"text": None, "network": None, "vae": None}  # the loop has networks of its own
+    noise = dataclasses.replace(parts.model.images, **hollow).noise
     del parts
 
     def step(number: int) -> float:
@@ -50,29 +53,19 @@ def published(recipe: Recipe, device: torch.device, *, kind: str) -> Callable[[i
 def fastcraft(recipe: Recipe, device: torch.device) -> Callable[[int], float]:
     """A step function of this project, through the ZeRO-2 engine."""
     init_distributed(device.type)
-    parts = assemble(recipe, device=device)
-    train = recipe.train
-    sizes = [p.numel() for p in parts.trained.parameters() if p.requires_grad]
-    config = fill_ds_config(
-        load_ds_config(DS_CONFIG), batch_size=train.batch_size, gradient_accumulation_steps=1, dtype=train.dtype,
-        max_grad_norm=train.max_grad_norm, learning_rate=train.learning_rate, betas=train.betas, eps=train.eps,
-        weight_decay=train.weight_decay, num_parameters=sum(sizes), largest_parameter=max(sizes),
-    )  # fmt: skip
-    engine = Zero2Engine(
-        parts.trained, ds_config=config, device=device, total_steps=train.num_steps, warmup_steps=0,
-        lr_schedule="constant",
-    )  # fmt: skip
-    objective, _ = make_objective(recipe, parts, engine)
-    order = make_order(recipe, parts, world_size=1)
+    parts = build_run(recipe, device=device)
+    engine = _engine(recipe, parts, _fill(load_ds_config(DS_CONFIG), recipe, parts))
+    objective = build_objective(recipe, parts, parts.model.through(engine))
 
     def step(number: int) -> float:
-        first = number * train.batch_size
-        batch = order.batch(first, 0, batch_size=train.batch_size)
-        (output,) = objective.losses(batch, draw=first)
-        engine.backward(output.loss)
-        parts.rewards.synchronize()
-        engine.step()
-        return float(output.loss.detach())
+        total = 0.0
+        for loss in objective.round(number):
+            engine.begin()
+            engine.backward(loss.loss * loss.share, closes_update=loss.closes_update)
+            parts.judges.rewards.synchronize()
+            engine.step()
+            total += loss.share * float(loss.loss.detach())
+        return total
 
     return step
 
@@ -133,12 +126,10 @@ def count(recipe: Recipe, device: torch.device) -> dict[str, float]:
     """Arithmetic of one sample without recomputation, text and rewards included; and the best rate of a product."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    parts = assemble(recipe, device=device)
-    objective, _ = make_objective(recipe, parts, parts.trained)
-    batch = make_order(recipe, parts, world_size=1).batch(0, 0, batch_size=1)
+    parts = build_run(recipe, device=device)
+    objective = build_objective(recipe, parts, parts.model.images)
     with FlopCounterMode(display=False) as counter:
-        (output,) = objective.losses(batch, draw=0)
-        output.loss.backward()
+        next(objective.round(0)).loss.backward()
     size = 8192 if device.type == "cuda" else 1024
     x = torch.randn(size, size, dtype=getattr(torch, recipe.train.dtype), device=device)
     seconds = []

@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.saved_bytes import MODELS, TEXT_LENGTH, flash
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.families.components import freeze
+from fastcraft.families.unet import UNetNetwork, use_text_kv
+from fastcraft.records import PromptEmbeds, TextEmbeds
 
 RESULTS = Path(__file__).parent / "results" / "traffic"
 ROWS = 2  # of the UNet's batch: one guided picture
@@ -96,12 +97,13 @@ def unet() -> tuple[Any, Callable[[], Tensor], list[Tensor]]:
         timestep = torch.empty((), dtype=torch.long)
     latents.requires_grad_()
     use_text_kv(network)
-    kv = project_text(network, text)
+    conditioning = UNetNetwork(module=network).condition(PromptEmbeds(cond=TextEmbeds(sequence=text)))
 
     def call() -> Tensor:
-        return network(latents, timestep, None, cross_attention_kwargs={"text_kv": kv}, return_dict=False)[0]
+        kwargs = {"conditioning": conditioning}
+        return network(latents, timestep, None, cross_attention_kwargs=kwargs, return_dict=False)[0]
 
-    return network, call, [latents, *kv.flat()]
+    return network, call, [latents, *conditioning.flat()]
 
 
 def vae() -> tuple[Any, Callable[[], Tensor], list[Tensor]]:

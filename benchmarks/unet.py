@@ -35,8 +35,9 @@ def measure(contender: str, batch: int, *, small: bool, rounds: int, attention_t
     from diffusers import UNet2DConditionModel
 
     from fastcraft.diffusion.patch import Patch
-    from fastcraft.diffusion.text_kv import project_text, use_text_kv
     from fastcraft.families.components import freeze
+    from fastcraft.families.unet import UNetNetwork, use_text_kv
+    from fastcraft.records import PromptEmbeds, TextEmbeds
     from fastcraft_kernels.attention import load_attention_table
 
     load_attention_table(attention_table)
@@ -56,7 +57,7 @@ def measure(contender: str, batch: int, *, small: bool, rounds: int, attention_t
     network = torch.compile(unet) if contender.endswith("compile") else unet
 
     def step() -> Any:
-        kwargs = {"text_kv": project_text(unet, text)}
+        kwargs = {"conditioning": UNetNetwork(module=unet).condition(PromptEmbeds(cond=TextEmbeds(sequence=text)))}
         output = network(latents, timestep, None, cross_attention_kwargs=kwargs, return_dict=False)[0]
         return torch.autograd.grad(output, text, cotangent)
 

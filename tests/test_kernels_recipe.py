@@ -1,12 +1,15 @@
 """``kernels`` of a recipe: when UNet, VAE and reward towers are patched, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from fastcraft.assemble import assemble, make_objective, make_order
+from fastcraft.build import plan as build_plan
+from fastcraft.build.plan import build_plans, run_planner
+from fastcraft.build.run import build_objective, build_run
 from fastcraft.config import load_recipe
 from fastcraft.errors import UserError
-from fastcraft.policy import run_planner
 from fastcraft_kernels.backend import current_backend, set_backend
 
 CPU = torch.device("cpu")
@@ -14,13 +17,14 @@ CPU = torch.device("cpu")
 
 def networks(parts):
     """UNet, VAE and the image tower of the bundled reward."""
-    models = [parts.components.unet, parts.components.vae, *parts.rewards.image_networks]
+    components = parts.model.components
+    models = [components.unet, components.vae, *parts.judges.rewards.image_networks]
     assert len(models) == 3
     return models
 
 
 def test_auto_on_a_cpu_leaves_diffusers_modules():
-    parts = assemble(load_recipe("shapes"), device=CPU)
+    parts = build_run(load_recipe("shapes"), device=CPU)
     for model in networks(parts):
         assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -28,7 +32,7 @@ def test_auto_on_a_cpu_leaves_diffusers_modules():
 def test_reference_holds_for_the_sampler_too():
     """Which needs no patch: on CUDA its op would take the kernel."""
     try:
-        parts = assemble(load_recipe("shapes", ["kernels.backend=reference"]), device=CPU)
+        parts = build_run(load_recipe("shapes", ["kernels.backend=reference"]), device=CPU)
         assert current_backend() == "reference"
     finally:
         set_backend("auto")
@@ -54,7 +58,7 @@ def test_reference_holds_for_the_sampler_too():
 )
 def test_refused_with_the_reason(setting, message):
     with pytest.raises(UserError, match=message):
-        assemble(load_recipe("shapes", [setting]), device=CPU)
+        build_run(load_recipe("shapes", [setting]), device=CPU)
 
 
 def test_triton_patches(monkeypatch):
@@ -63,7 +67,7 @@ def test_triton_patches(monkeypatch):
 
     monkeypatch.setattr(patch, "triton_refusal", lambda device, dtype: None)
     try:
-        parts = assemble(load_recipe("shapes", ["kernels.backend=triton"]), device=CPU)
+        parts = build_run(load_recipe("shapes", ["kernels.backend=triton"]), device=CPU)
         assert current_backend() == "triton"
     finally:
         set_backend("auto")
@@ -79,7 +83,7 @@ def test_triton_patches(monkeypatch):
 def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is_loaded(compile, policy, why):
     settings = [f"kernels.compile={compile}", f"memory.policy={policy}", "model.path=nowhere"]
     with pytest.raises(UserError) as refused:
-        assemble(load_recipe("shapes", [*settings, "objective.input_grad=false"]), device=CPU)
+        build_run(load_recipe("shapes", [*settings, "objective.input_grad=false"]), device=CPU)
     message = str(refused.value)
     assert message.startswith(f"kernels.compile: {compile!r} {why}")
     assert message.endswith(f"got {policy!r}")
@@ -89,11 +93,21 @@ def test_policies_that_compiled_code_would_ignore_are_refused_before_anything_is
 def test_auto_knows_what_compiled_code_takes_and_cannot_do(monkeypatch, compile):
     """No steps in batches where they are compiled one by one; the weights once more where they are frozen in."""
     asked = []
-    monkeypatch.setattr("fastcraft.policy.planner_of", lambda networks, **options: asked.append(options))
+    monkeypatch.setattr(build_plan, "planner_of", lambda networks, **options: asked.append(options))
     recipe = load_recipe("shapes", [f"kernels.compile={compile}", "objective.input_grad=false"])
-    run_planner(recipe, object(), CPU)
+    run_planner(recipe, SimpleNamespace(trains_unet=False), CPU)
     assert [options["batches"] for options in asked] == [compile in ("none", "prefix")]
     assert [options["unet_copies"] for options in asked] == [compile in ("prefix", "whole")]
+
+
+@pytest.mark.parametrize("trains_unet", [True, False])
+def test_auto_weighs_no_batches_of_steps_where_the_unet_is_trained(monkeypatch, trains_unet):
+    """Which would lose its gradient."""
+    asked = []
+    monkeypatch.setattr(build_plan, "planner_of", lambda networks, **options: asked.append(options))
+    networks = SimpleNamespace(trains_unet=trains_unet)
+    run_planner(load_recipe("shapes", ["objective.input_grad=false"]), networks, CPU)
+    assert [options["batches"] for options in asked] == [not trains_unet]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +116,6 @@ def test_auto_knows_what_compiled_code_takes_and_cannot_do(monkeypatch, compile)
 )
 def test_auto_weighs_what_compiled_code_can_do(monkeypatch, compile, weighed):
     """None named means all that the device can do."""
-    from fastcraft import policy as module
-
     asked = []
 
     def planner(networks, *, treatments, batches, **options):
@@ -111,10 +123,10 @@ def test_auto_weighs_what_compiled_code_can_do(monkeypatch, compile, weighed):
         asked.extend(treatments)
         raise UserError("enough")
 
-    monkeypatch.setattr(module, "planner_of", planner)
+    monkeypatch.setattr(build_plan, "planner_of", planner)
     recipe = load_recipe("shapes", [f"kernels.compile={compile}", "memory.policy=auto"])
     with pytest.raises(UserError, match="enough"):
-        module.policy_of(recipe, object(), CPU)
+        build_plans(recipe, SimpleNamespace(trains_unet=False), CPU)
     assert asked == weighed
 
 
@@ -125,12 +137,11 @@ def test_the_bundled_model_trains_compiled_as_it_does_eager(compile):
     results = []
     for setting in ("none", compile):
         recipe = load_recipe("shapes", [f"kernels.compile={setting}", "train.batch_size=2"])
-        parts = assemble(recipe, device=CPU)
-        objective, _ = make_objective(recipe, parts, parts.trained)
-        batch = make_order(recipe, parts, world_size=1).batch(0, 0, batch_size=2)
-        (output,) = objective.losses(batch, draw=0)
+        parts = build_run(recipe, device=CPU)
+        (output,) = build_objective(recipe, parts, parts.model.images).round(0)
         output.loss.backward()
-        grads = [parameter.grad.flatten() for parameter in parts.trained.parameters() if parameter.grad is not None]
+        trained = parts.model.trained
+        grads = [parameter.grad.flatten() for parameter in trained.parameters() if parameter.grad is not None]
         results.append((output.loss.detach(), torch.cat(grads)))
         assert parts.acceleration.startswith("kernels.compile") == (setting != "none")
     (loss, grad), (compiled_loss, compiled_grad) = results

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import step, step_worker
 from benchmarks.published import PublishedLoop
-from fastcraft.assemble import assemble, make_objective, make_order
+from fastcraft.build.run import build_objective, build_order, build_run
 from fastcraft.config import load_recipe
 from fastcraft.data.order import sample_seed
 
@@ -45,35 +45,35 @@ def gradient(model):
 @pytest.mark.parametrize("style", ["published", "repaired"])
 def test_the_baseline_computes_the_loss_and_the_gradient_of_fastcraft(recipe_file, style):
     recipe = load_recipe(recipe_file)
-    parts = assemble(recipe, device=CPU)
+    parts = build_run(recipe, device=CPU)
+    images = parts.model.images
     loop = PublishedLoop(
         parts, style=style, dtype=torch.float32, guidance_scale=3.0, num_inference_steps=4, backprop_steps=2,
         spacing="trailing",
     )  # fmt: skip
-    batch = make_order(recipe, parts, world_size=1).batch(0, 0, batch_size=2)
-    noise = parts.image_model.noise([sample_seed(recipe.train.seed, index) for index in batch.indices])[0]
+    batch = build_order(recipe, parts.prompts.training, images, world_size=1).batch(0, 0, batch_size=2)
+    noise = images.noise([sample_seed(recipe.train.seed, index) for index in batch.indices])[0]
     loop.optimizer.step = lambda: None  # the same weights for the comparison
     theirs_loss = loop.step(batch.prompts, noise)
     theirs = gradient(loop.text_encoder)
     assert any(p.grad is not None for p in loop.unet.parameters()) == (style == "published")
 
     loop.optimizer.zero_grad()
-    objective, _ = make_objective(recipe, parts, parts.trained)
-    (output,) = objective.losses(batch, draw=0)
+    (output,) = build_objective(recipe, parts, images).round(0)
     output.loss.backward()
-    ours = gradient(parts.trained.model)
+    ours = gradient(parts.model.trained)
     assert output.loss.item() == pytest.approx(theirs_loss, rel=1e-5)
     assert ours.norm() > 0
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9999
 
 
 def test_the_alignprop_loop_trains_and_cuts_off_what_comes_before_its_draw(recipe_file):
-    parts = assemble(load_recipe(recipe_file), device=CPU)
+    parts = build_run(load_recipe(recipe_file), device=CPU)
     loop = PublishedLoop(
         parts, style="alignprop", dtype=torch.float32, guidance_scale=3.0, num_inference_steps=4, backprop_steps=2,
         spacing="trailing",
     )  # fmt: skip
-    noise, norms = parts.image_model.noise([1, 2])[0], []
+    noise, norms = parts.model.images.noise([1, 2])[0], []
     for first in (3, 0):
         loop.random.gauss = lambda mean, std, first=first: first
         calls = []
@@ -109,7 +109,6 @@ def test_the_arithmetic_of_a_sample_is_counted(recipe_file):
     counted = step_worker.count(load_recipe(recipe_file, ["memory.policy=none", "train.batch_size=1"]), CPU)
     again = step_worker.count(load_recipe(recipe_file, ["memory.policy=step", "train.batch_size=1"]), CPU)
     assert again["flops_per_sample"] > counted["flops_per_sample"] > 1e6
-    assert counted["matmul_flops_per_sec"] > 1e8
 
 
 def test_best_batches_turns_and_ratios(monkeypatch, tmp_path):

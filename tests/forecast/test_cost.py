@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastcraft.forecast.cards import CARDS, SELECTIVE_SECONDS, cpu_card
-from fastcraft.forecast.cost import Line, measure_step, static_bytes, work_seconds
+from fastcraft.forecast.cost import Line, TrainedBytes, measure_step, static_bytes, work_seconds
 from fastcraft.forecast.phases import hollow
 from fastcraft.forecast.tracker import AllocationTracker, Op, Work
 
@@ -63,7 +63,21 @@ def test_the_hosts_time_is_hidden_on_a_card_and_comes_on_top_on_a_cpu():
 
 
 def test_optimizer_state_is_shared_out_over_the_ranks():
-    one, update = static_bytes(frozen={"UNet": 7}, num_trained=100, max_bucket=50)
-    assert one == {"UNet": 7, "trained weights": 400, "masters and moments": 1200, "gradient bucket": 200}
+    text = {"text": TrainedBytes(num_parameters=100)}
+    one, update = static_bytes(frozen={"UNet": 7}, trained=text, max_bucket=50)
+    assert one == {"UNet": 7, "trained weights, text": 400, "masters and moments": 1200, "gradient bucket": 200}
     assert update == 800
-    assert static_bytes(frozen={}, num_trained=100, world_size=4, max_bucket=50)[0]["masters and moments"] == 300
+    assert static_bytes(frozen={}, trained=text, world_size=4, max_bucket=50)[0]["masters and moments"] == 300
+
+
+def test_parts_are_added_up_and_bfloat16_weights_have_float32_masters():
+    parts = {
+        "text": TrainedBytes(num_parameters=100, itemsize=2),
+        "unet": TrainedBytes(num_parameters=60, itemsize=2, num_averaged=60),
+    }
+    kinds, update = static_bytes(frozen={}, trained=parts, world_size=2, max_bucket=50)
+    assert kinds == {
+        "trained weights, text": 200, "trained weights, unet": 120, "masters and moments": 3 * 4 * 80, "averages": 120,
+        "gradient bucket": 100,
+    }  # fmt: skip
+    assert update == 4 * 80  # gradients once: those of float32 weights are flattened once more

@@ -15,11 +15,10 @@ from benchmarks.saved_bytes import RESULTS, total_mb
 from fastcraft.diffusion.offload import offload_contexts
 from fastcraft.diffusion.patch import Patch
 from fastcraft.diffusion.samplers.ddim import ddim
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
 from fastcraft.diffusion.treatments import is_one_of
-from fastcraft.diffusion.unroll import predict_noise
 from fastcraft.families.components import load_components
 from fastcraft.families.image_model import ImageModel
+from fastcraft.families.unet import UNetNetwork, use_text_kv
 from fastcraft.forecast.architectures import MODELS, towers_of
 from fastcraft.forecast.cache import _digest, cached_estimate
 from fastcraft.forecast.cards import CARDS
@@ -32,8 +31,10 @@ from fastcraft.objectives.reward_backprop import BackpropSettings, RewardBackpro
 from fastcraft.records import PromptBatch, RewardOutput
 from fastcraft.rewards.brightness import BrightnessReward
 from fastcraft.rewards.mix import WeightedRewards
-from fastcraft.text.encoder import split_encoders
+from fastcraft.text.encoder import TextEncoder
 from fastcraft.text.prompt_encoder import PromptEncoder
+from fastcraft.trained.trained_set import frozen_copy
+from tests.diffusion.texts import condition
 
 MIB = 2**20
 PLANS = [
@@ -54,22 +55,28 @@ def tiny(tiny_pipeline):
     """Networks for the estimate, and an objective over the same ones for the truth."""
     parts = load_components(tiny_pipeline, dtype=torch.float32, device=torch.device("cpu"))
     use_text_kv(parts.unet)
-    trained, original = split_encoders(parts.text_encoder, train="full", dtype=torch.float32)
+    original = TextEncoder(frozen_copy(parts.text_encoder, torch.float32))
+    trained = TextEncoder(parts.text_encoder.requires_grad_())
     networks = Networks(
         name="tiny", unet=parts.unet, vae=parts.vae, text_encoders=[trained], rewards=Smooth(),
         latent_shape=parts.latent_shape, pixels_per_latent=parts.pixels_per_latent, dtype=torch.float32,
     )  # fmt: skip
 
-    def objective(depth, make_plan, **settings):
-        model = ImageModel(
-            unet=parts.unet, vae=parts.vae, sampler=ddim(parts.schedule, num_inference_steps=depth + 2),
-            guidance_scale=3.0, latent_shape=parts.latent_shape, device=torch.device("cpu"),
-        )  # fmt: skip
+    def objective(plan, batch_size, **settings):
+        depth = len(plan.steps)
         text = PromptEncoder(
             parts.tokenizer, trained=trained, original=original, device=torch.device("cpu"), guided=True
         )
-        settings = BackpropSettings(backprop_steps=depth, **settings)
-        return RewardBackprop(text, model, rewards=networks.rewards, make_plan=make_plan, settings=settings, seed=0)
+        model = ImageModel(
+            text=text, network=UNetNetwork(module=parts.unet), vae=parts.vae, guidance_scale=3.0,
+            sampler=ddim(parts.schedule, num_inference_steps=depth + 2), latent_shape=parts.latent_shape,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        batch = PromptBatch(prompts=["red cat"] * batch_size, indices=list(range(batch_size)))
+        return RewardBackprop(
+            model, rewards=networks.rewards, batches=lambda first: batch, samples_per_micro=batch_size,
+            make_plan=lambda _: plan, settings=BackpropSettings(backprop_steps=depth, **settings), seed=0,
+        )  # fmt: skip
 
     weights = [t for m in (parts.unet, parts.vae, trained, original) for t in (*m.parameters(), *m.buffers())]
     return networks, objective, weights
@@ -83,10 +90,9 @@ def estimate(tiny):
 def true_peak(tiny, plan, batch_size, **settings):
     """Bytes above the weights at the highest point of a micro-step, on real tensors."""
     _, objective, weights = tiny
-    loss = objective(len(plan.steps), lambda _: plan, **settings)
-    batch = PromptBatch(prompts=["red cat"] * batch_size, indices=list(range(batch_size)))
+    one = objective(plan, batch_size, **settings)
     with AllocationTracker(weights) as tracker:
-        (output,) = loss.losses(batch, draw=0)
+        (output,) = one.round(0)
         output.loss.backward()
     return tracker.peak
 
@@ -125,13 +131,13 @@ def test_what_is_offloaded_is_what_lies_on_the_host(tiny, estimate):
     """Counted on real tensors; the copies stay on the CPU here."""
     unet = tiny[0].unet
     with torch.no_grad():
-        kv = project_text(unet, torch.randn(1, 77, 32), torch.randn(1, 77, 32))
-    kv = kv.unflatten([tensor.requires_grad_() for tensor in kv.flat()])
+        text = condition(unet, torch.randn(1, 77, 32), torch.randn(1, 77, 32))
+    text = text.unflatten([tensor.requires_grad_() for tensor in text.flat()])
     for ops in (("attention", "conv"), ("attention",)):
         contexts = offload_contexts(partial(is_one_of, ops))
         checkpoint(
-            lambda x: predict_noise(unet, x, torch.tensor(9), kv, guided=True), torch.randn(1, 4, 8, 8),
-            use_reentrant=False, context_fn=lambda contexts=contexts: contexts,
+            lambda x: UNetNetwork(module=unet).predict(x, torch.tensor(9), text, guided=True),
+            torch.randn(1, 4, 8, 8), use_reentrant=False, context_fn=lambda contexts=contexts: contexts,
         )  # fmt: skip
         kept = tree_leaves([out for _, out in contexts[0].kept])
         cost = estimate.steps["offload:" + "+".join(ops)]

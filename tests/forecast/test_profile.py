@@ -166,7 +166,7 @@ def test_all_steps_in_the_memory_of_one(recipe, tmp_path):
         (["--policies", " , "], "--policies: at least one name is required, got ' , '"),
         (["--depths", "1", "--out", f"{__file__}/out"], "--out: cannot make the folder"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (["--depths", "1", "--policies", "non"], "memory.policy: unknown name 'non'; did you mean 'none'?"),
+        (["--depths", "1", "--policies", "non"], "memory.policy: unknown policy 'non'; did you mean 'none'?"),
     ],
 )
 def test_bad_input_is_one_line(recipe, capsys, options, message):

@@ -11,10 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.text_kv import project_text, use_text_kv
+from fastcraft.families.unet import use_text_kv
 from fastcraft.trained import lora
 from fastcraft.trained.lora import TEXT_TARGETS, LoRALayer, adapters_off, inject_lora
 from tests.diffusion.narrow_models import make_narrow
+from tests.diffusion.texts import condition
 
 
 def adapters(model):
@@ -236,8 +237,8 @@ def test_adapters_off_refuses_gradients(make_text_model, input_ids):
 
 def unet_results(unet, latents, text):
     """Output, and its gradients to the text and to every adapter."""
-    text_kv = project_text(unet, text)
-    output = unet(latents, 300, encoder_hidden_states=None, cross_attention_kwargs={"text_kv": text_kv}).sample
+    kwargs = {"conditioning": condition(unet, text)}
+    output = unet(latents, 300, encoder_hidden_states=None, cross_attention_kwargs=kwargs).sample
     weight = torch.linspace(-1, 1, output.numel()).view(output.shape)
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), [text, *adapters(unet).values()])]
 
