@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,18 @@ class SmallerPlan(Protocol):
 
     def fall_back(self, backprop_steps: int) -> str | None:
         """Plan with less from now on; says what changed, or None when there is nothing smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundStart:
+    """What a round is left with when it cannot be ended: ``weights`` are the engine's, where it may have moved them."""
+
+    done: int
+    weights: dict[str, Tensor] | None
+    objective: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    counters: dict[str, int]
 
 
 class Trainer:
@@ -96,6 +109,7 @@ class Trainer:
             while self.done < self.train.num_steps and not self.evaluator.ended:
                 before = self.done
                 self.round()
+                self._stop_if_bad()
                 if _passed(self.train.checkpoint_every, before, self.done):
                     self.save()
                 if self._evaluation_due(before):
@@ -107,20 +121,46 @@ class Trainer:
             raise
 
     def round(self) -> None:
-        """One round of the objective, update by update; a stop inside it leaves the run where the round began."""
-        begun = self.engine.state() if self.objective.updates_per_round > 1 else None
-        updates = self.done
-        try:
-            self._updates_of_a_round()
-        except StopRequested:
-            if self.done > updates:  # weights between two rounds belong to no checkpoint
-                assert begun is not None
-                self.engine.load_state(begun)
-                self.done = updates
-            raise
-        self.rounds += 1
+        """One round of the objective, update by update.
 
-    def _updates_of_a_round(self) -> None:
+        A stop inside it, or too many bad updates, leave the run where the round began: weights between two rounds
+        belong to no checkpoint.
+        """
+        begun = self._round_start()
+        try:
+            if self._updates_of_a_round():
+                self.rounds += 1
+            else:
+                self._go_back(begun)
+        except StopRequested:
+            self._go_back(begun)
+            for name, count in begun.counters.items():
+                setattr(self, name, count)
+            raise
+
+    def _round_start(self) -> RoundStart:
+        return RoundStart(
+            done=self.done,
+            weights=self.engine.state() if self.objective.updates_per_round > 1 else None,
+            objective={name: values.clone() for name, values in self.objective.state_dict().items()},
+            statistics=self._statistics(),
+            rng=rng_tensors(),
+            counters={name: getattr(self, name) for name in _COUNTERS},
+        )
+
+    def _go_back(self, begun: RoundStart) -> None:
+        if self.done > begun.done:
+            assert begun.weights is not None
+            self.engine.load_state(begun.weights)
+        self.done = begun.done
+        self.objective.load_state_dict(begun.objective)
+        if self.rewards is not None:
+            self.rewards.load_state_dict(begun.statistics)
+        restore_rng(begun.rng)
+
+    def _updates_of_a_round(self) -> bool:
+        """Whether the round, or the run, came to its end; else there were too many bad updates."""
+        first, per_round = self.done, self.objective.updates_per_round
         began, done = time.perf_counter(), 0
         outputs: list[Loss] = []
         losses = self.objective.round(self.rounds)
@@ -132,7 +172,7 @@ class Trainer:
             try:
                 loss = self._next(losses)
                 if loss is None:
-                    return
+                    return True
                 result = self._micro_step(loss)
             except MemoryRanOutError:
                 loss = None  # it holds what did not fit
@@ -143,8 +183,11 @@ class Trainer:
             if loss.closes_update:
                 self._close_update(outputs, result, began)
                 began, outputs = time.perf_counter(), []
-                if self.done >= self.train.num_steps:
-                    return
+                if self.done - first < per_round:  # after the last update the objective has still to end its round
+                    if self._too_bad:
+                        return False
+                    if self.done >= self.train.num_steps:
+                        return True
 
     def _micro_step(self, loss: Loss) -> StepResult:
         """Backward of one loss and, where it closes an update, the update."""
@@ -272,7 +315,7 @@ class Trainer:
     def _evaluate_at_start(self) -> None:
         if self.done == 0:
             self._evaluate(closing=True)
-        elif self._evaluation_due(self.done - 1) and not self._was_evaluated():
+        elif self._evaluation_due(max(self.done - self.objective.updates_per_round, 0)) and not self._was_evaluated():
             self._evaluate()
         else:
             self.evaluator.watch(self.done)  # a run that was ended stays ended
@@ -321,12 +364,18 @@ class Trainer:
         self.checked = True
 
     def _count_bad(self, skipped: bool) -> None:
-        """Skipped steps in a row; past the limit the run ends with the weights of the last good step."""
+        """Skipped steps in a row; at the limit the run ends with the weights of the last good step."""
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         self.skipped_steps += skipped
         if skipped:
             self.say(f"step {self.done}: loss or gradient is not finite, step skipped ({self.bad_steps} in a row)")
-        if self.bad_steps >= self.train.max_bad_steps:
+
+    @property
+    def _too_bad(self) -> bool:
+        return self.bad_steps >= self.train.max_bad_steps
+
+    def _stop_if_bad(self) -> None:
+        if self._too_bad:
             self.save(last=True)
             raise TrainingFailed(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
 

@@ -142,6 +142,17 @@ def test_resume_continues_to_the_last_bit(recipe, tmp_path, train):
         assert (parts / "export" / "lora" / "kohya.safetensors").is_file()
 
 
+def test_a_finished_run_goes_on_with_prompts_that_it_has_not_seen(recipe, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    constant = ["--set", "train.lr_schedule=constant"]
+    assert run(recipe, whole, *constant) == 0
+    assert run(recipe, parts, *constant, "--set", "train.num_steps=2") == 0
+    assert run(recipe, parts, *constant, "--resume") == 0
+    assert [row["loss"] for row in lines(parts)] == [row["loss"] for row in lines(whole)]
+    a, b = (load_file(folder / "checkpoints" / "step-000004" / "optimizer.safetensors") for folder in (whole, parts))
+    assert int(a["objective.samples_seen"]) == int(b["objective.samples_seen"]) == 8
+
+
 def test_resume_without_a_good_checkpoint_is_an_error(recipe, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(recipe, out, "--set", "train.num_steps=2") == 0
@@ -243,30 +254,33 @@ def test_too_many_nan_steps_stop_the_run_with_a_good_checkpoint(recipe, tmp_path
     assert all(weight.isfinite().all() for weight in load_file(newest / "model.safetensors").values())
 
 
-def test_a_signal_between_denoising_steps_saves_the_completed_step(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_signal_between_denoising_steps_saves_the_completed_step(recipe, tmp_path, monkeypatch, accumulation):
     from fastcraft.families.unet import UNetNetwork
 
-    calls = []
+    # the first evaluation, one step, then in the middle of the second one's last micro-step
+    calls, last = [], 4 + 4 * accumulation + 4 * (accumulation - 1) + 2
     predict = UNetNetwork.predict
+    settings = ["--set", f"train.gradient_accumulation_steps={accumulation}"]
 
     def counted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 4 + 4 + 2:  # the first evaluation, one step, then in the middle of the second
+        if len(calls) == last:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
         return predict(*args, **kwargs)
 
     monkeypatch.setattr(UNetNetwork, "predict", counted)
     out = tmp_path / "run"
-    assert run(recipe, out, "--set", "memory.policy=none") == 143
-    assert len(calls) == 10  # nothing more was computed
+    assert run(recipe, out, *settings, "--set", "memory.policy=none") == 143
+    assert len(calls) == last  # nothing more was computed
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     torch.set_num_threads(1)
-    assert run(recipe, out, "--resume") == 0
+    assert run(recipe, out, *settings, "--resume") == 0
     whole = tmp_path / "whole"
-    assert run(recipe, whole) == 0
+    assert run(recipe, whole, *settings) == 0
     assert [row["loss"] for row in lines(out)] == [row["loss"] for row in lines(whole)]
 
 

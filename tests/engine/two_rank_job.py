@@ -42,6 +42,42 @@ class Full:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
+def two_groups(model: torch.nn.Module, *, ema_decay: float) -> list[zero2.ParameterGroup]:
+    """The embeddings at twice the rate, with an average beside them; and the rest."""
+    named = dict(model.named_parameters())
+    first = {name: param for name, param in named.items() if name.startswith("embeddings")}
+    rest = {name: param for name, param in named.items() if name not in first}
+    return [
+        zero2.ParameterGroup(name="embeddings", parameters=first, learning_rate=2e-3, ema_decay=ema_decay),
+        zero2.ParameterGroup(name="rest", parameters=rest, learning_rate=1e-3),
+    ]
+
+
+def far_from_naive(states: list[dict[str, torch.Tensor]], bound: float) -> float:
+    """Largest difference of the averages at the end from those of the whole weights of every state."""
+    averages = {name: states[0][f"param.{name}"].clone() for name in names_averaged(states[0])}
+    for number, state in enumerate(states[1:], start=1):
+        decay = min(bound, (1 + number) / (10 + number))
+        averages = {name: decay * value + (1 - decay) * state[f"param.{name}"] for name, value in averages.items()}
+    return max(float((states[-1][f"ema.{name}"] - value).abs().max()) for name, value in averages.items())
+
+
+def names_averaged(state: dict[str, torch.Tensor]) -> list[str]:
+    return [name.removeprefix("ema.") for name in state if name.startswith("ema.")]
+
+
+def swaps(engine: zero2.Zero2Engine, state: dict[str, torch.Tensor]) -> list[bool]:
+    """Whether the averages were in the weights' places, whole on this rank, and the weights are back to the bit."""
+    params = engine.trainable_parameters()
+    before = {name: param.detach().clone() for name, param in params.items()}
+    with engine.averaged():
+        inside = [
+            torch.equal(params[name], state[f"ema.{name}"].to(params[name].dtype)) for name in names_averaged(state)
+        ]
+        moved = [not torch.equal(params[name], before[name]) for name in names_averaged(state)]
+    return [all(inside), all(moved), all(torch.equal(param, before[name]) for name, param in params.items())]
+
+
 GRADIENT_RUNS = {"zero2": ("zero2", "float32", 1), "zero2_accumulated": ("zero2", "float32", 2),
                  "zero1_accumulated": ("zero1", "float32", 2), "zero2_bf16": ("zero2", "bfloat16", 1)}  # fmt: skip
 
@@ -52,16 +88,23 @@ def main(folder: Path, ds_configs: Path) -> None:
     rank = distributed.get_rank()
     batch = load_file(folder / "batch.safetensors")["input_ids"]  # (8, 77), the same on both ranks
 
-    def engine(name: str, dtype: str, accumulation: int, kind: type = CLIPTextModel) -> zero2.Zero2Engine:
+    def engine(
+        name: str, dtype: str, accumulation: int, kind: type = CLIPTextModel, *, bf16_weights: bool = False,
+        ema_decay: float = 0.0,
+    ) -> zero2.Zero2Engine:  # fmt: skip
         model = kind(CLIPTextConfig.from_json_file(folder / "config.json"))
         if rank == 0:  # the other rank must be sent these weights
             model.load_state_dict(load_file(folder / "weights.safetensors"))
+        if bf16_weights:
+            model.bfloat16()
         recipe = json.loads((folder / "recipe.json").read_text())
         recipe |= {"batch_size": 4 // accumulation, "dtype": dtype, "gradient_accumulation_steps": accumulation}
         filled = fill_ds_config(load_ds_config(ds_configs / f"{name}.json"), **recipe)
         return zero2.Zero2Engine(
-            model, ds_config=filled, device=torch.device("cpu"), total_steps=10, warmup_steps=2, lr_schedule="cosine"
-        )
+            model, ds_config=filled, device=torch.device("cpu"), total_steps=10, warmup_steps=2, lr_schedule="cosine",
+            groups=two_groups(model, ema_decay=ema_decay),
+            exact=load_file(folder / "weights.safetensors") if bf16_weights else None,
+        )  # fmt: skip
 
     def update(engine: zero2.Zero2Engine, accumulation: int) -> tuple[dict[str, torch.Tensor], list[float]]:
         losses = []
@@ -81,6 +124,22 @@ def main(folder: Path, ds_configs: Path) -> None:
         if rank == 0:
             save_file({name: gradient.clone() for name, gradient in gradients.items()}, folder / f"{run}.safetensors")
 
+    checks: dict[str, object] = {}
+    for run, bf16_weights in (("parts", False), ("parts_bf16", True)):
+        dtype = "bfloat16" if bf16_weights else "float32"
+        trained = engine("zero2", dtype, 1, bf16_weights=bf16_weights, ema_decay=0.2)
+        states = [trained.state()]
+        gradients, _ = update(trained, 1)
+        for _ in range(2):
+            states.append(trained.state())
+            update(trained, 1)
+        states.append(trained.state())
+        if rank == 0:
+            save_file({name: gradient.clone() for name, gradient in gradients.items()}, folder / f"{run}.safetensors")
+            save_file(states[0], folder / f"{run}-begun.safetensors")
+            save_file(states[-1], folder / f"{run}-trained.safetensors")
+        checks |= {f"{run}_average": far_from_naive(states, 0.2), f"{run}_swapped": swaps(trained, states[-1])}
+
     # rank 1 has no memory left in the frozen chain, while rank 0 comes to the encoder's gradients
     tried, full, outcomes = engine("zero2", "float32", 1, Embeds), Full(fails=rank == 1), []
     while len(outcomes) < 3 and outcomes[-1:] != ["done"]:
@@ -96,7 +155,7 @@ def main(folder: Path, ds_configs: Path) -> None:
     if rank == 0:
         save_file({name: gradient.clone() for name, gradient in gradients.items()}, folder / "zero2_again.safetensors")
 
-    checks = {"out_of_memory": outcomes, "stepped": tried.step().took_step}
+    checks |= {"out_of_memory": outcomes, "stepped": tried.step().took_step}
     checks |= {"agree": agree([rank == 0, rank == 1, False])}
 
     poisoned = engine("zero2", "float32", 1)
