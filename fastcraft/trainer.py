@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastcraft.engine.agreement import agree, from_rank_zero, mean_over_ranks
 from fastcraft.engine.checkpoint import Checkpoint, CheckpointError, restore_rng, rng_tensors, save_checkpoint
+from fastcraft.engine.groups import StepResult
 from fastcraft.engine.interrupt import Interrupt, StopRequested
 from fastcraft.engine.out_of_memory import MemoryRanOutError, is_out_of_memory
-from fastcraft.engine.groups import StepResult
 from fastcraft.engine.zero2 import Zero2Engine
 from fastcraft.evaluation.record import RunRecord, read_evaluations
 from fastcraft.evaluator import Evaluator
