@@ -33,14 +33,14 @@ def describe(recipe: Recipe, parts: Parts, *, world_size: int) -> str:
     full = planner.predict(planner.weigh(plan, batch_size=train.batch_size))
     phases = ", ".join(f"{name} {seconds / full.seconds:.0%}" for name, seconds in full.seconds_by_phase.items())
     gflop = full.flops * train.gradient_accumulation_steps / 1e9
-    peak, saved, had = (
+    peak, saved, budget = (
         f"{size / 2**20:,.0f} MiB" for size in (full.peak_bytes, full.saved_bytes, planner.budget_bytes)
     )
     return "\n".join(
         [
             *lines,
             f"            {gflop:,.1f} GFLOP a rank; of the predicted time: {phases}",
-            f"memory      {peak} predicted at the peak ({full.at}), {saved} saved by the steps; {had} to be had",
+            f"memory      {peak} predicted at the peak ({full.at}), {saved} saved by the steps; {budget} to be had",
         ]
     )
 

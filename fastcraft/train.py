@@ -152,10 +152,10 @@ def _run(recipe: Recipe, args: argparse.Namespace, parts: "Parts", ds_config: di
     options = recipe.train
     engine = _engine(recipe, parts, ds_config)
     with contextlib.ExitStack() as stack:
-        run_dir, found, notes = from_rank_zero(lambda: _prepare(recipe, args, stack))
+        run_dir, newest, notes = from_rank_zero(lambda: _prepare(recipe, args, stack))
         if any(agree([not (run_dir / "recipe.toml").is_file()])):
             raise UserError(f"--run-dir: {str(run_dir)!r} must lie on a file system that every node sees")
-        checkpoint = load_checkpoint(found, rank=rank(), world_size=world_size()) if found else None
+        checkpoint = load_checkpoint(newest, rank=rank(), world_size=world_size()) if newest else None
         interrupt = Interrupt()
         stack.callback(interrupt.restore)
         record = None
@@ -262,15 +262,15 @@ def _prepare(
     check_run_dir(run_dir, recipe, resume=args.resume)
     stack.enter_context(lock(run_dir))
     check_run_dir(run_dir, recipe, resume=args.resume)  # another process may have used it in between
-    notes, found = [f"results go to {run_dir}"], None
+    notes, newest = [f"results go to {run_dir}"], None
     if args.resume:
         sweep_checkpoints(run_dir / "checkpoints")
-        found, skipped = find_checkpoint(run_dir / "checkpoints")
+        newest, skipped = find_checkpoint(run_dir / "checkpoints")
         notes += [f"skipped {path.name}: {reason}" for path, reason in skipped]
-        notes.append(f"going on from {found.name}")
+        notes.append(f"going on from {newest.name}")
     write_recipe(run_dir, recipe)
     write_json(run_dir / "environment.json", environment())
-    return run_dir, found, notes
+    return run_dir, newest, notes
 
 
 def _finish(recipe: Recipe, parts: "Parts", run_dir: Path, trainer: "Trainer", weights: Mapping[str, "Tensor"]) -> None:

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     )
     for name, reward in classes.items():
         for released in reward.files:
-            found = released.cached()
-            state = f"found: {found}" if found else f"not in {released.cache_folder()}"
+            cached = released.cached()
+            state = f"found: {cached}" if cached else f"not in {released.cache_folder()}"
             instead = f" (or {' and '.join(released.instead)})" if released.instead else ""
             print(f"  {name:<12} {released.name}{instead} from {released.origin}\n  {'':<12} {state}")
     return 0

@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
                 input_grad=not args.no_input_grad,
             )  # fmt: skip
     needed = set(make_plan(args.depth).steps) if make_plan else set()
-    found = networks(args)
-    with contextlib.nullcontext() if args.kernels == "reference" else _fused(found):
+    to_price = networks(args)
+    with contextlib.nullcontext() if args.kernels == "reference" else _fused(to_price):
         estimate = cached_estimate(
-            found, guided=args.guidance != 1, world_size=args.world_size,
+            to_price, guided=args.guidance != 1, world_size=args.world_size,
             treatments=tuple(sorted({*TREATMENTS, *OFFLOADS, *needed})),
         )  # fmt: skip
     planner = Planner(estimate, card, num_inference_steps=args.steps, input_grad=not args.no_input_grad)
@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fused(found: "Networks") -> "Patch":
+def _fused(to_price: "Networks") -> "Patch":
     from fastcraft.diffusion.patch import Patch
 
-    return Patch(found.unet, found.vae, *found.rewards.image_networks)  # type: ignore[misc]
+    return Patch(to_price.unet, to_price.vae, *to_price.rewards.image_networks)  # type: ignore[misc]
 
 
 def networks(args: argparse.Namespace) -> "Networks":

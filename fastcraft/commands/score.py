@@ -108,11 +108,11 @@ def reward_specs(names: str, options: Sequence[str]) -> "list[RewardSpec]":
             raise UserError(f"--set: expected REWARD.KEY=VALUE with a reward of --rewards, got {item!r}")
         given[name][key] = parse_value(text.strip())
     specs = []
-    for name, own in given.items():
-        path = own.pop("path", "")
+    for name, settings in given.items():
+        path = settings.pop("path", "")
         if not isinstance(path, str):
             raise UserError(f"--set: path of {name!r} must be text, got {path!r}")
-        specs.append(RewardSpec(name, path=path, options=own))
+        specs.append(RewardSpec(name, path=path, options=settings))
     return specs
 
 

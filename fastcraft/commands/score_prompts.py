@@ -91,7 +91,7 @@ def _files(path: str, prompts: Sequence[str]) -> list[str]:
 
 def _sorted_by_name(path: str, rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """One row for each picture, in the order of ``names``."""
-    place, known, found = f"--prompts: {path!r}", set(names), dict[str, Row]()
+    place, known, by_file = f"--prompts: {path!r}", set(names), dict[str, Row]()
     for row in rows:
         if not row.file and not row.prompt:
             continue
@@ -99,13 +99,15 @@ def _sorted_by_name(path: str, rows: Sequence[Row], names: Sequence[str]) -> lis
             raise UserError(f"{place} {row.where}: {FILE!r} must name a picture, got nothing")
         if row.file not in known:
             raise UserError(f"{place} {row.where}: {FILE!r} must name a picture in --images, got {row.file!r}")
-        if row.file in found:
-            raise UserError(f"{place} {row.where}: each picture once, got {row.file!r} in {found[row.file].where} too")
-        found[row.file] = row
-    missing = [name for name in names if name not in found]
+        if row.file in by_file:
+            raise UserError(
+                f"{place} {row.where}: each picture once, got {row.file!r} in {by_file[row.file].where} too"
+            )
+        by_file[row.file] = row
+    missing = [name for name in names if name not in by_file]
     if missing:
         raise UserError(f"{place}: every picture in --images needs a row, and there is none for {few(missing)}")
-    return [found[name] for name in names]
+    return [by_file[name] for name in names]
 
 
 def _count(rows: Sequence[Row]) -> str:

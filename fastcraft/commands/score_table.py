@@ -25,11 +25,11 @@ class ScoreTable:
 
     def not_finite(self) -> dict[str, list[str]]:
         """By reward, the pictures whose score is NaN or Inf; rewards without any are left out."""
-        found = {
+        files_by_name = {
             name: [file for file, value in zip(self.files, values, strict=True) if not math.isfinite(value)]
             for name, values in self.scores.items()
         }
-        return {name: files for name, files in found.items() if files}
+        return {name: files for name, files in files_by_name.items() if files}
 
     def text(self) -> str:
         """Mean, standard error and extremes of each reward, over the pictures with a finite score."""

@@ -104,10 +104,10 @@ def choose_column(names: Sequence[str], column: str, *, path: Path) -> str:
     for name in (column,) if column else COLUMNS:
         if name in names:
             return name
-    found = ", ".join(map(repr, names[:20])) or "none"
+    present = ", ".join(map(repr, names[:20])) or "none"
     if column:
-        raise UserError(f"prompts: no column {column!r} in {str(path)!r}; columns found: {found}")
-    raise UserError(f"prompts: name a column, for {str(path)!r} has none of {', '.join(COLUMNS)}; found: {found}")
+        raise UserError(f"prompts: no column {column!r} in {str(path)!r}; columns found: {present}")
+    raise UserError(f"prompts: name a column, for {str(path)!r} has none of {', '.join(COLUMNS)}; found: {present}")
 
 
 def _read_separated(path: Path, column: str, **dialect: Any) -> Rows:

@@ -155,9 +155,9 @@ class Prefixes:
         """
         content = json.dumps([self.context, list(prompts), list(seeds)])
         key = hashlib.sha256(content.encode()).hexdigest()
-        found = self.store.get(key)
-        if found is not None:
-            return found, True
+        kept = self.store.get(key)
+        if kept is not None:
+            return kept, True
         latents = make()
         self.store.put(key, latents)
         return latents, False

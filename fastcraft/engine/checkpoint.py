@@ -80,7 +80,7 @@ def save_checkpoint(
     """
     final = directory / f"step-{step:06d}"
     temporary = directory / f".{final.name}.tmp"
-    own = temporary / f"rank-{rank():04d}.safetensors"
+    rank_file = temporary / f"rank-{rank():04d}.safetensors"
 
     def publish() -> None:
         model = {name: tensor for name, tensor in tensors.items() if name.startswith("param.")}
@@ -94,7 +94,7 @@ def save_checkpoint(
 
     try:
         _together(rank() == 0, lambda: _make_empty(temporary), step)
-        _together(True, lambda: write_tensors(own, rank_tensors), step)
+        _together(True, lambda: write_tensors(rank_file, rank_tensors), step)
         _together(rank() == 0, publish, step)
     except CheckpointError:
         if rank() == 0:
@@ -182,10 +182,10 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
-def _together(mine: bool, work: Callable[[], object], step: int) -> None:
+def _together(takes_part: bool, work: Callable[[], object], step: int) -> None:
     """Do ``work`` where it is mine, then wait for the other ranks; one that failed makes all of them raise."""
     error: Exception | None = None
-    if mine:
+    if takes_part:
         try:
             work()
         except Exception as problem:  # the other ranks must hear of any failure
@@ -249,9 +249,9 @@ def _verify(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"manifest.json: {getattr(error, 'strerror', None) or 'not JSON'}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found not in (old_runs.FORMAT, FORMAT):
-        raise ValueError(f"manifest.json: expected format {FORMAT}, or {old_runs.FORMAT}, got {found!r}")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version not in (old_runs.FORMAT, FORMAT):
+        raise ValueError(f"manifest.json: expected format {FORMAT}, or {old_runs.FORMAT}, got {version!r}")
     step, world_size, files = (manifest.get(key) for key in ("step", "world_size", "files"))
     if step != _step_of(path) or not isinstance(world_size, int) or not isinstance(files, dict):
         raise ValueError("manifest.json: incomplete or of another step")

@@ -68,10 +68,10 @@ class Probe:
         first, options = last - depth, replace(self.trajectory, predict_original=True, row_starts=())
         latents, noises = model.noise([self.seed * self.batch_size + row for row in rows])
         conditioning = self._conditioning(unet.dtype, rows)
-        found = {}
+        results = {}
         if frozen:
             ended, text = replace(options, num_steps=first, grad_steps=()), conditioning.detach()
-            found["prefix"] = model.denoise(
+            results["prefix"] = model.denoise(
                 latents, text, trajectory=ended, plan=CheckpointPlan(steps=()), noises=noises, start=first - frozen
             ).clone()
             latents = model.prefix(latents, text, num_steps=first, noises=noises, start=first - frozen)
@@ -83,12 +83,12 @@ class Probe:
             noises=noises,
             start=first,
         )
-        found["step"] = end.detach()
+        results["step"] = end.detach()
         cotangents = torch.randn(self.batch_size, *end.shape[1:], generator=torch.Generator().manual_seed(1))
         cotangent = cotangents[rows.start : rows.stop].to(end)
         wanted = [tensor for tensor in conditioning.flat() if tensor.requires_grad]
         grads = torch.autograd.grad((end * cotangent).sum(), wanted)
-        return found | {f"gradient {number}": grad for number, grad in enumerate(grads)}
+        return results | {f"gradient {number}": grad for number, grad in enumerate(grads)}
 
     def _conditioning(self, dtype: torch.dtype, rows: range) -> Conditioning:
         """Leaves; rounded as in the model's own dtype, whatever dtype they are given in."""
@@ -128,12 +128,12 @@ def accelerate(
     switches = {"compile": compile, "cuda_graphs": cuda_graphs}
     named = " and ".join(f"{key} = {value!r}" for key, value in switches.items() if value != "none")
     unet, began = probe.model.network.module, time.perf_counter()
-    eager, own = probe.run(unet), _eager_and_truth(probe)
+    eager, eager_and_truth = probe.run(unet), _eager_and_truth(probe)
     try:
         fast = make(unet, **switches)
         with fast.learning():
             replace(probe, seed=1).run(fast)
-        found = probe.run(fast)  # on other numbers: none may have stayed behind in code or graphs
+        results = probe.run(fast)  # on other numbers: none may have stayed behind in code or graphs
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as failure:  # compilers and drivers raise whatever they like
@@ -144,9 +144,9 @@ def accelerate(
         parts = [(names, 1), *(([name], 2) for name in names if len(names) > 1)]
         worst[kind] = 0.0
         for part, times in parts:
-            one, other, mine, truth = (_joined(run, part) for run in (found, eager, *own))
+            one, other, eager_again, truth = (_joined(run, part) for run in (results, eager, *eager_and_truth))
             difference = distance(one, other)
-            allowed = times * max(TIMES_EAGER * distance(mine, truth), LEAST_BOUND)
+            allowed = times * max(TIMES_EAGER * distance(eager_again, truth), LEAST_BOUND)
             if not difference <= allowed:
                 raise UserError(
                     f"{named}: refused, the {kind} differs from eager's by {difference:.2g} of its norm on "
@@ -184,13 +184,13 @@ def _one_after_the_other(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([run[name].flatten() for run in runs]) for name in runs[0]}
 
 
-def _kinds(found: dict[str, Tensor]) -> dict[str, list[str]]:
+def _kinds(results: dict[str, Tensor]) -> dict[str, list[str]]:
     """Names by what they are: prefix, step, gradient."""
     kinds: dict[str, list[str]] = {}
-    for name in found:
+    for name in results:
         kinds.setdefault(name.partition(" ")[0], []).append(name)
     return kinds
 
 
-def _joined(found: dict[str, Tensor], names: list[str]) -> Tensor:
-    return torch.cat([found[name].double().flatten() for name in names])
+def _joined(results: dict[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([results[name].double().flatten() for name in names])

@@ -36,19 +36,19 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
     figure, (memory, time) = pyplot.subplots(1, 2, figsize=(7.2, 2.9), layout="constrained")
     for number, policy in enumerate(dict.fromkeys(row.policy for row in rows)):
-        mine = sorted((row for row in rows if row.policy == policy), key=lambda row: row.depth)
-        depths = [row.depth for row in mine]
+        of_policy = sorted((row for row in rows if row.policy == policy), key=lambda row: row.depth)
+        depths = [row.depth for row in of_policy]
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-        memory.plot(depths, [row.allocator_peak_mib or row.peak_mib for row in mine], label=policy, **style)
+        memory.plot(depths, [row.allocator_peak_mib or row.peak_mib for row in of_policy], label=policy, **style)
         memory.plot(
             depths,
-            [row.predicted_peak_mib for row in mine],
+            [row.predicted_peak_mib for row in of_policy],
             color="black",
             linestyle=(0, (2, 3)),
             linewidth=0.9,
             zorder=3,
         )
-        time.plot(depths, [row.seconds for row in mine], label=policy, **style)
+        time.plot(depths, [row.seconds for row in of_policy], label=policy, **style)
     memory.set_ylabel("peak above weights (MiB)", fontsize=8)
     time.set_ylabel("forward + backward (s)", fontsize=8)
     depths = sorted({row.depth for row in rows})

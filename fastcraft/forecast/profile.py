@@ -109,14 +109,14 @@ def time_steps(
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats):
-        for step, mine in zip(steps, seconds, strict=True):
+        for step, of_step in zip(steps, seconds, strict=True):
             _clear(weights)
             began = clock()
             step().backward()
             _synchronize(device)
-            mine.append(clock() - began)
+            of_step.append(clock() - began)
     _clear(weights)
-    return [statistics.median(mine) for mine in seconds]
+    return [statistics.median(of_step) for of_step in seconds]
 
 
 def _clear(weights: Iterable[Tensor]) -> None:

@@ -76,16 +76,16 @@ def _options(reward_class: type[Reward]) -> dict[str, inspect.Parameter] | None:
             return None if swallows else options
         if "__init__" not in vars(parent):
             continue
-        own = dict(list(inspect.signature(vars(parent)["__init__"]).parameters.items())[1:])
-        options |= {name: p for name, p in own.items() if p.kind is p.KEYWORD_ONLY or (inherited and _is_plain(p))}
-        swallows = _takes_any(own)
+        accepted = dict(list(inspect.signature(vars(parent)["__init__"]).parameters.items())[1:])
+        options |= {name: p for name, p in accepted.items() if p.kind is p.KEYWORD_ONLY or (inherited and _is_plain(p))}
+        swallows = _takes_any(accepted)
         if not swallows:
             return options
     return options
 
 
-def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+def _takes_any(accepted: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
 
 
 def _is_plain(parameter: inspect.Parameter) -> bool:

@@ -82,10 +82,10 @@ class DetectionReward(Reward):
         scores = []
         for picture in to_bytes(images):
             image = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=picture)
-            found = self.confidences(self.detector.detect(image))
+            confidences = self.confidences(self.detector.detect(image))
             self.num_scored += 1
-            self.num_none_found += not found
-            scores.append(max(found, default=self.floor))
+            self.num_none_found += not confidences
+            scores.append(max(confidences, default=self.floor))
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
 

@@ -115,10 +115,10 @@ class ImageRewardReward(Reward):
         file = find_file(path, cls.files[0], reward=cls.name)
         tokenizer = _load_tokenizer(tokenizer_path or (str(file.parent) if BERT.is_in(file.parent) else BERT_REPO))
         vision, text, head = load_blip(file, dtype=towers.dtype)
-        own, size = max(tokenizer.get_vocab().values()) + 1, text.config.vocab_size
-        if own != size:
+        num_tokens, size = max(tokenizer.get_vocab().values()) + 1, text.config.vocab_size
+        if num_tokens != size:
             raise UserError(
-                f"rewards: 'imagereward': its tokenizer has {own} ids with {' and '.join(ADDED_MARKS)}, its model "
+                f"rewards: 'imagereward': its tokenizer has {num_tokens} ids with {' and '.join(ADDED_MARKS)}, its model "
                 f"{size}; the vocabulary must be that of {BERT_REPO}"
             )
         tower = BlipTower(vision, text, tokenizer, source=str(file), pixels=towers.pixels)

@@ -181,10 +181,10 @@ class WeightedRewards(nn.Module):
         Raises:
             UserError: the state belongs to other rewards or to the other normalisation.
         """
-        own = self.state_dict()
-        if set(own) != set(state_dict):
+        present = self.state_dict()
+        if set(present) != set(state_dict):
             raise UserError(
-                f"rewards: the saved statistics are of {sorted(state_dict)}, this mix has {sorted(own)}: "
+                f"rewards: the saved statistics are of {sorted(state_dict)}, this mix has {sorted(present)}: "
                 "names and normalize must be those of the saved run"
             )
         if self.statistics is not None:

@@ -56,9 +56,9 @@ class ReleasedFile:
         from huggingface_hub import try_to_load_from_cache
 
         for names in ((self.name,), self.instead):
-            found = [try_to_load_from_cache(self.repo, name) for name in names]
-            if found and all(isinstance(file, str) for file in found):
-                return Path(str(found[0]))
+            given = [try_to_load_from_cache(self.repo, name) for name in names]
+            if given and all(isinstance(file, str) for file in given):
+                return Path(str(given[0]))
         return None
 
 
@@ -200,9 +200,9 @@ def filled(make: Callable[[], M], tensors: Mapping[str, Tensor], *, dtype: torch
     return module
 
 
-def check_names(expected: Mapping[str, Any] | set[str], found: Mapping[str, Any] | set[str], *, source: str) -> None:
+def check_names(expected: Mapping[str, Any] | set[str], given: Mapping[str, Any] | set[str], *, source: str) -> None:
     """Raise a `UserError` that lists missing and unexpected names, unless the two agree."""
-    missing, unexpected = set(expected) - set(found), set(found) - set(expected)
+    missing, unexpected = set(expected) - set(given), set(given) - set(expected)
     if missing or unexpected:
         raise UserError(
             f"rewards: {source!r} does not hold exactly the weights of the model; "

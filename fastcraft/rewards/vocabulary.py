@@ -87,9 +87,9 @@ def _from_hub(repo: str, kind: Vocabulary, *, needs: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     for form in kind.forms:
-        found = [try_to_load_from_cache(repo, name) for name in form]
-        if all(isinstance(file, str) for file in found):
-            return _one_folder(found)
+        cached_files = [try_to_load_from_cache(repo, name) for name in form]
+        if all(isinstance(file, str) for file in cached_files):
+            return _one_folder(cached_files)
     reason = "it has none of these files"
     for form in kind.forms:
         try:

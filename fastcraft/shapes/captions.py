@@ -165,7 +165,7 @@ def _thing_claim(phrase: str) -> ThingClaim:
 def _parse_long(caption: str) -> Claims:
     sentences = [sentence.strip() for sentence in caption.split(".") if sentence.strip()]
     details: dict[str, dict[str, str]] = {}
-    found: list[tuple[str, str, str]] = []
+    relations_said: list[tuple[str, str, str]] = []
     number, background = None, None
     for sentence in sentences:
         if match := _COUNTED.fullmatch(sentence):
@@ -175,16 +175,16 @@ def _parse_long(caption: str) -> Claims:
         elif (match := _DETAIL.fullmatch(sentence)) and match["name"] in details:
             details[match["name"]]["size" if match["value"] in SIZES else "pattern"] = match["value"]
         elif match := _RELATED.fullmatch(sentence):
-            found.append((match["first"], match["second"], _WORD_RELATION[match["between"]]))
+            relations_said.append((match["first"], match["second"], _WORD_RELATION[match["between"]]))
         elif match := _BACKGROUND.fullmatch(sentence):
             background = match["background"]
         elif f"{sentence}." not in {filler.lower() for filler in FILLERS}:
             raise ValueError(f"caption must follow the grammar of fastcraft.shapes.captions, got sentence {sentence!r}")
     names = list(details)
-    if number != len(names) or not all(a in details and b in details for a, b, _ in found):
+    if number != len(names) or not all(a in details and b in details for a, b, _ in relations_said):
         raise ValueError(f"caption must name each object that it counts or relates, got {caption!r}")
     things = tuple(ThingClaim(*name.split(), **details[name]) for name in names)
-    relations = tuple(RelationClaim(names.index(a), names.index(b), word) for a, b, word in found)
+    relations = tuple(RelationClaim(names.index(a), names.index(b), word) for a, b, word in relations_said)
     return Claims(things, relations, background)
 
 

@@ -106,14 +106,14 @@ def _components(classes: Tensor) -> list[tuple[int, Tensor]]:
     parts: dict[int, list[int]] = {}
     for index in range(len(runs)):
         parts.setdefault(root(index), []).append(index)
-    found = []
+    blobs = []
     for members in parts.values():
         if sum(runs[index][2] - runs[index][1] for index in members) >= MIN_AREA:
             mask = torch.zeros(classes.shape, dtype=torch.bool)
             for y, start, stop, _ in (runs[index] for index in members):
                 mask[y, start:stop] = True
-            found.append((runs[members[0]][3], mask))
-    return found
+            blobs.append((runs[members[0]][3], mask))
+    return blobs
 
 
 def _templates(x: float, y: float, area: float) -> tuple[Tensor, list[tuple[str, float]]]:

@@ -92,7 +92,7 @@ def _write(folder: Path, final: Path, variants: Variants, trained: Mapping[str, 
     reports = []
     for name, (state, notes) in variants.items():
         write_tensors(folder / name, {key: tensor.contiguous() for key, tensor in state.items()}, metadata=notes)
-        error = max(_read_back(folder / name, final / name, part, own) for part, own in trained.items())
+        error = max(_read_back(folder / name, final / name, part, adapter) for part, adapter in trained.items())
         what = compared([*trained])
         reports.append(ExportReport(path=final / name, num_tensors=len(state), max_abs_error=error, what=what))
     return reports
@@ -109,8 +109,8 @@ def _reference(part: str, ids: Tensor | None, call: Mapping[str, Any] | None) ->
 def _diffusers(trained: Mapping[str, _Trained]) -> dict[str, Tensor]:
     return {
         name: tensor
-        for part, own in trained.items()
-        for name, tensor in to_diffusers(part, own.weights.lora or {}, own.weights.scaling).items()
+        for part, adapter in trained.items()
+        for name, tensor in to_diffusers(part, adapter.weights.lora or {}, adapter.weights.scaling).items()
     }
 
 
@@ -118,17 +118,19 @@ def _kohya(trained: Mapping[str, _Trained], version: str) -> dict[str, Tensor]:
     two = version.startswith("sdxl")
     return {
         name: tensor
-        for part, own in trained.items()
-        for name, tensor in to_kohya(part, own.weights.lora or {}, own.weights.scaling, two_encoders=two).items()
+        for part, adapter in trained.items()
+        for name, tensor in to_kohya(
+            part, adapter.weights.lora or {}, adapter.weights.scaling, two_encoders=two
+        ).items()
     }
 
 
 def _metadata(trained: Mapping[str, _Trained], version: str, title: str, resolution: int) -> dict[str, str]:
     sizes = [
-        (len(own.weights.lora[f"{module}.lora_A.weight"]), scaling)
-        for own in trained.values()
-        if own.weights.lora
-        for module, scaling in own.weights.scaling.items()
+        (len(adapter.weights.lora[f"{module}.lora_A.weight"]), scaling)
+        for adapter in trained.values()
+        if adapter.weights.lora
+        for module, scaling in adapter.weights.scaling.items()
     ]
     return kohya_metadata(
         [rank for rank, _ in sizes], [rank * scaling for rank, scaling in sizes],

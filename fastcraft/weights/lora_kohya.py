@@ -59,18 +59,20 @@ def from_kohya(
     Raises:
         UserError: nothing for this part, a layer that the model does not have, or another kind of adapter, by name.
     """
-    own = {name: tensor for name, tensor in state.items() if name.startswith(part_names(part).kohya)}
-    if not own:
+    matching = {name: tensor for name, tensor in state.items() if name.startswith(part_names(part).kohya)}
+    if not matching:
         there = [other for other, names in PARTS.items() if any(name.startswith(names.kohya) for name in state)]
         raise UserError(f"{source}: holds no LoRA of part {part!r}, only of {', '.join(there) or 'none'}")
-    for name in own:
+    for name in matching:
         for mark, kind in _REFUSED.items():
             if mark in name:
                 raise UserError(f"{source}: must be a plain LoRA adapter, got {kind} ({name!r})")
     first, second = _aliases(part, [flat_name(name) for name in module_names])
     lora: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
-    for name, tensor in sorted(own.items(), key=lambda item: item[0].partition(".")[0] in first):  # `first` is last
+    for name, tensor in sorted(
+        matching.items(), key=lambda item: item[0].partition(".")[0] in first
+    ):  # `first` is last
         alias, _, what = name.partition(".")
         module = first.get(alias) or second.get(alias)
         if module is None:
@@ -119,7 +121,7 @@ def _alias(part: str, module: str, prefix: str) -> str:
 
 def _aliases(part: str, modules: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """From the names in a file to the model's: by its own names, and by those of Stability's code."""
-    own = {_alias(part, module, prefix): module for prefix in part_names(part).kohya for module in modules}
+    matching = {_alias(part, module, prefix): module for prefix in part_names(part).kohya for module in modules}
     if part != "unet":
-        return own, {}
-    return own, {_alias(part, ldm, "lora_unet_"): module for module, ldm in ldm_names(modules).items()}
+        return matching, {}
+    return matching, {_alias(part, ldm, "lora_unet_"): module for module, ldm in ldm_names(modules).items()}

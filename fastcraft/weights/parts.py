@@ -141,10 +141,10 @@ def apply_weights(model: nn.Module, weights: PartWeights) -> None:
     """
     if lora_scaling(model):
         raise ValueError("apply_weights: the model has LoRA layers; give it the weights before they are injected")
-    own = to_flat(model.state_dict())
-    new = own
+    expected = to_flat(model.state_dict())
+    new = expected
     if weights.whole is not None:
-        check_weights(own, weights.whole, source=weights.source)
+        check_weights(expected, weights.whole, source=weights.source)
         new = weights.whole
     if weights.lora is not None:
         new = merge_lora(new, weights.lora, weights.scaling, source=weights.source)

@@ -25,13 +25,13 @@ class ExplicitPlan:
     def __init__(self, steps: str) -> None:
         treatments: list[str] = []
         for item in steps.split(","):
-            found = re.fullmatch(r"(?:([1-9]\d*)\*)?(\S+)", item.strip())
+            match = re.fullmatch(r"(?:([1-9]\d*)\*)?(\S+)", item.strip())
             try:
-                check_treatment(found[2] if found else item)
+                check_treatment(match[2] if match else item)
             except ValueError as error:
                 raise UserError(f"plan: {error}") from error
-            assert found is not None
-            treatments += [found[2]] * int(found[1] or 1)
+            assert match is not None
+            treatments += [match[2]] * int(match[1] or 1)
         self.treatments = tuple(treatments)
         self.num_steps = len(treatments)
 
