@@ -118,8 +118,8 @@ class ImageRewardReward(Reward):
         num_tokens, size = max(tokenizer.get_vocab().values()) + 1, text.config.vocab_size
         if num_tokens != size:
             raise UserError(
-                f"rewards: 'imagereward': its tokenizer has {num_tokens} ids with {' and '.join(ADDED_MARKS)}, its model "
-                f"{size}; the vocabulary must be that of {BERT_REPO}"
+                f"rewards: 'imagereward': its tokenizer has {num_tokens} ids with {' and '.join(ADDED_MARKS)}, its "
+                f"model {size}; the vocabulary must be that of {BERT_REPO}"
             )
         tower = BlipTower(vision, text, tokenizer, source=str(file), pixels=towers.pixels)
         return cls(tower.to(towers.device), head, **options)
