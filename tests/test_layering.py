@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastcraft_kernels": 0, "fastcraft.errors": 0,
     "fastcraft.straight_through": 1, "fastcraft.durable": 1, "fastcraft.registry": 1, "fastcraft.records": 1,
+    "fastcraft.remade": 1,
     "fastcraft.memory": 2,
     "fastcraft.data": 3, "fastcraft.text": 3, "fastcraft.diffusion": 3, "fastcraft.rewards": 3,
     "fastcraft.weights": 3, "fastcraft.trained": 3,

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastcraft import remade
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The attention of a CLIP text encoder: TexForce's (arXiv:2311.15657), with rank 16 and alpha 16."""
@@ -35,8 +36,9 @@ LONGALIGN_TARGETS = (*UNET_TARGETS, "ff.net.0.proj", *_RESNET)
 class LoRALayer(nn.Module):
     """``base(x) + lora_B(lora_A(x)) * scaling`` around a frozen layer.
 
-    Kept for backward are ``x``, the product of width ``rank`` and the adapters in ``x``'s dtype. The layer has no
-    ``weight`` of its own on purpose: code that reads a layer's weight instead of calling it would lose the adapter.
+    Kept for backward are ``x``, unless it can be made again (`fastcraft.remade`), the product of width ``rank`` and the
+    adapters in ``x``'s dtype. The layer has no ``weight`` of its own on purpose: code that reads a layer's weight
+    instead of calling it would lose the adapter.
 
     Args:
         base: an ``nn.Linear`` or ``nn.Conv2d`` of one group; of any float dtype, which is that of ``x``.
@@ -88,7 +90,7 @@ class AdapterLinear(nn.Linear):
     """A float32 weight, applied in the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _cast(self.weight, x))
+        return remade.linear(x, self.weight)
 
 
 class AdapterConv2d(nn.Conv2d):
