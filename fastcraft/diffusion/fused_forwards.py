@@ -29,7 +29,8 @@ def conv2d(self: Any, x: Tensor) -> Tensor:
 
 def group_norm(self: Any, x: Tensor) -> Tensor:
     """``nn.GroupNorm``."""
-    return _normed(self, x, silu=False)
+    make: Any = partial(group_norm_silu, num_groups=self.num_groups, eps=self.eps, silu=False)
+    return remakeable(make(x, self.weight, self.bias), make, x, self.weight, self.bias)
 
 
 def group_norm_then_silu(self: Any, x: Tensor) -> Tensor:

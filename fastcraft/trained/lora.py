@@ -100,7 +100,10 @@ class AdapterConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, _cast(self.weight, x), None)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return self._conv_forward(x, remade.cast(self.weight, x), None)
+        geometry: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return remade.conv2d(x, self.weight, **geometry)
 
 
 def inject_lora(
@@ -169,12 +172,6 @@ def _adapter(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear | nn.Con
     size: Any = base.kernel_size
     down = AdapterConv2d(base.in_channels, rank, size, bias=False, dtype=torch.float32, **geometry)
     return down, AdapterConv2d(rank, base.out_channels, 1, bias=False, dtype=torch.float32)
-
-
-def _cast(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight in ``x``'s dtype; under autocast torch does that itself, once for all uses."""
-    autocasts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # it does not know that device
-    return weight if autocasts else weight.to(x.dtype)
 
 
 def _refuse_gradients() -> None:
