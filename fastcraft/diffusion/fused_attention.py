@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcraft.diffusion.attention import CrossAttention, Prepared, SelfAttention
 from fastcraft.diffusion.conditioning import Conditioning
+from fastcraft.remade import remakeable
 from fastcraft_kernels.attention import attention
 from fastcraft_kernels.cross_attention import cross_attention, gather_kv_gradients
 from fastcraft_kernels.cross_attention.tiles import MAX_KEYS
@@ -75,8 +76,13 @@ class FusedCrossAttention(CrossAttention):
         query, key, value = (_heads(x, attn) for x in (attn.to_q(hidden_states), key, value))
         if sums is not None:
             sums = None if _is_compiling() else (_heads(sums[0], attn), _heads(sums[1], attn))
-        out = cross_attention(query, key, value, num_shared=num_shared, sums=sums)
-        return attn.to_out[0](out.flatten(-2))
+        out = cross_attention(query, key, value, num_shared=num_shared, sums=sums).flatten(-2)
+        again = functools.partial(_cross_attend, num_shared=num_shared)
+        return attn.to_out[0](remakeable(out, again, query, key, value))
+
+
+def _cross_attend(query: Tensor, key: Tensor, value: Tensor, *, num_shared: int) -> Tensor:
+    return cross_attention(query, key, value, num_shared=num_shared).flatten(-2)
 
 
 def _is_compiling() -> bool:

@@ -4,11 +4,13 @@ Each takes the module it stands in for as ``self`` and the arguments of the forw
 like for its replacement to be exact is said by the guards in `patch`.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from fastcraft.remade import remakeable
 from fastcraft_kernels.frozen_conv import frozen_conv2d, frozen_linear
 from fastcraft_kernels.geglu import geglu
 from fastcraft_kernels.group_norm_silu import group_norm_silu
@@ -27,7 +29,8 @@ def conv2d(self: Any, x: Tensor) -> Tensor:
 
 def group_norm(self: Any, x: Tensor) -> Tensor:
     """``nn.GroupNorm``."""
-    return _normed(self, x, silu=False)
+    make: Any = partial(group_norm_silu, num_groups=self.num_groups, eps=self.eps, silu=False)
+    return remakeable(make(x, self.weight, self.bias), make, x, self.weight, self.bias)
 
 
 def group_norm_then_silu(self: Any, x: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ def layer_normed(self: Any, x: Tensor) -> Tensor:
 
 def gated(self: Any, hidden_states: Tensor) -> Tensor:
     """diffusers' ``GEGLU``: both halves of the projection are read once."""
-    return geglu(self.proj(hidden_states))
+    halves = self.proj(hidden_states)
+    return remakeable(geglu(halves), geglu, halves)
 
 
 def resnet(self: Any, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -106,18 +110,18 @@ def transformer_block(
     if self._chunk_size is not None:
         raise ValueError(f"BasicTransformerBlock: a patched block has no chunked feed-forward, got {self._chunk_size}")
     kwargs = cross_attention_kwargs or {}
-    norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
+    _, branch = _layer_normed(self.norm1, hidden_states)
     branch = self.attn1(
-        layer_norm(hidden_states, norm1.weight, norm1.bias, eps=norm1.eps),
+        branch,
         encoder_hidden_states=encoder_hidden_states if self.only_cross_attention else None,
         attention_mask=attention_mask,
         **kwargs,
     )
-    hidden_states, branch = layer_norm(branch, norm2.weight, norm2.bias, eps=norm2.eps, residual=hidden_states)
+    hidden_states, branch = _layer_normed(self.norm2, branch, hidden_states)
     branch = self.attn2(
         branch, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **kwargs
     )
-    hidden_states, branch = layer_norm(branch, norm3.weight, norm3.bias, eps=norm3.eps, residual=hidden_states)
+    hidden_states, branch = _layer_normed(self.norm3, branch, hidden_states)
     return self.ff(branch) + hidden_states
 
 
@@ -138,6 +142,15 @@ def _shortcut(self: Any, x: Tensor) -> Tensor:
 def _normed(norm: Any, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
     out = group_norm_silu(x, norm.weight, norm.bias, num_groups=norm.num_groups, eps=norm.eps, silu=silu, shift=shift)
     return cast(Tensor, out)
+
+
+def _layer_normed(norm: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What is normalised, and the norm of it, which trained layers need not keep."""
+    make: Any = partial(layer_norm, eps=norm.eps)
+    normalised, out = x, make(x, norm.weight, norm.bias, residual=residual)
+    if residual is not None:
+        normalised, out = out
+    return normalised, remakeable(out, make, normalised, norm.weight, norm.bias)
 
 
 def _projected(layer: Any, tokens: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastcraft import remade
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The attention of a CLIP text encoder: TexForce's (arXiv:2311.15657), with rank 16 and alpha 16."""
@@ -35,8 +36,9 @@ LONGALIGN_TARGETS = (*UNET_TARGETS, "ff.net.0.proj", *_RESNET)
 class LoRALayer(nn.Module):
     """``base(x) + lora_B(lora_A(x)) * scaling`` around a frozen layer.
 
-    Kept for backward are ``x``, the product of width ``rank`` and the adapters in ``x``'s dtype. The layer has no
-    ``weight`` of its own on purpose: code that reads a layer's weight instead of calling it would lose the adapter.
+    Kept for backward are ``x``, unless it can be made again (`fastcraft.remade`), the product of width ``rank`` and the
+    adapters in ``x``'s dtype. The layer has no ``weight`` of its own on purpose: code that reads a layer's weight
+    instead of calling it would lose the adapter.
 
     Args:
         base: an ``nn.Linear`` or ``nn.Conv2d`` of one group; of any float dtype, which is that of ``x``.
@@ -88,7 +90,7 @@ class AdapterLinear(nn.Linear):
     """A float32 weight, applied in the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _cast(self.weight, x))
+        return remade.linear(x, self.weight)
 
 
 class AdapterConv2d(nn.Conv2d):
@@ -98,7 +100,10 @@ class AdapterConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, _cast(self.weight, x), None)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return self._conv_forward(x, remade.cast(self.weight, x), None)
+        geometry: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return remade.conv2d(x, self.weight, **geometry)
 
 
 def inject_lora(
@@ -167,12 +172,6 @@ def _adapter(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear | nn.Con
     size: Any = base.kernel_size
     down = AdapterConv2d(base.in_channels, rank, size, bias=False, dtype=torch.float32, **geometry)
     return down, AdapterConv2d(rank, base.out_channels, 1, bias=False, dtype=torch.float32)
-
-
-def _cast(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight in ``x``'s dtype; under autocast torch does that itself, once for all uses."""
-    autocasts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # it does not know that device
-    return weight if autocasts else weight.to(x.dtype)
 
 
 def _refuse_gradients() -> None:
