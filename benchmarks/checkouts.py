@@ -100,11 +100,8 @@ def main() -> None:
             rounds=args.rounds,
         )  # fmt: skip
         rows.append(row)
-        print(
-            "{row:<8} {old_seconds:.3f} s -> {new_seconds:.3f} s  x{ratio:.3f} ({smallest:.3f} to {largest:.3f})".format(
-                **row
-            )
-        )
+        print(f"{key:<8} {row['old_seconds']:.3f} s -> {row['new_seconds']:.3f} s", end="  ")
+        print(f"x{row['ratio']:.3f} ({row['smallest']:.3f} to {row['largest']:.3f})", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
