@@ -83,7 +83,7 @@ def _files(path: str, prompts: Sequence[str]) -> list[str]:
                 raise UserError(f"--prompts: {path!r} {where}: {FILE!r} must name a picture, got {value!r:.60}")
             files.append(value or "")
     except UserError as error:
-        if files != prompts[: len(files)] or not str(error).startswith(f"prompts.column: no column {FILE!r}"):
+        if files != prompts[: len(files)] or not str(error).startswith(f"prompts: no column {FILE!r}"):
             raise
         return []
     return files if files != prompts else []

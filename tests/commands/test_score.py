@@ -124,7 +124,7 @@ def test_counts_of_a_detector_are_printed(score, folder, capsys, monkeypatch):
         (["--rewards", "brightness", "--device", "warp"], "--device: 'warp' cannot be used"),
         (
             ["--rewards", "clip", "--set", "clip.path=shapes", "--device", "cpu", "--kernels", "triton"],
-            "kernels.backend: 'triton' cannot serve CLIPVisionModel: the kernels need a CUDA",
+            "--kernels: backend: 'triton' cannot serve CLIPVisionModel: the kernels need a CUDA",
         ),
         (["--rewards", "brightness", "--csv", "/nowhere/s.csv"], "--csv: the folder of '/nowhere/s.csv' must exist"),
         (["--rewards", "brightness", "--csv", "/tmp"], "--csv must be a file, got the folder '/tmp'"),

@@ -314,8 +314,8 @@ def test_a_patched_unet_is_compiled_and_graphed(images):
     ("options", "message"),
     [
         ({"cuda_graphs": "prefix"}, "'prefix' needs a CUDA device, got cpu"),
-        ({"cuda_graphs": "all", "policy": "auto", "device_type": "cuda"}, "memory.policy other than 'auto'"),
-        ({"cuda_graphs": "prefix", "policy": "auto", "device_type": "cuda"}, "memory.policy other than 'auto'"),
+        ({"cuda_graphs": "all", "policy": "auto", "device_type": "cuda"}, "checkpoint policy other than 'auto'"),
+        ({"cuda_graphs": "prefix", "policy": "auto", "device_type": "cuda"}, "checkpoint policy other than 'auto'"),
         ({"cuda_graphs": "all", "policy": "segment:2", "device_type": "cuda"}, "got 'segment:2'"),
         ({"cuda_graphs": "all", "policy": "sac:conv", "device_type": "cuda"}, "replays single steps"),
         ({"compile": "blocks", "policy": "sac:attention+conv"}, "hides what is inside.* got 'sac:attention"),

@@ -173,7 +173,7 @@ def test_noise_is_demanded_when_eta_is_positive():
 
 
 def test_eta_is_checked():
-    with pytest.raises(UserError, match=r"sampler\.eta must lie in \[0, 1\], got 1\.5"):
+    with pytest.raises(UserError, match=r"eta must lie in \[0, 1\], got 1\.5"):
         ddim(NoiseSchedule.from_diffusers(scheduler()), num_inference_steps=5, eta=1.5)
 
 

@@ -113,7 +113,7 @@ def test_a_users_class_needs_no_change_here(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (("cilp", 1.0, "", {}), "reward: unknown name 'cilp'; did you mean 'clip'"),
+        (("cilp", 1.0, "", {}), "unknown reward 'cilp'; did you mean 'clip'"),
         (("brightness", 1.0, "x.pth", {}), "'brightness' loads no weights, so path must be empty, got 'x.pth'"),
         (("brightness", 1.0, "", {"slope": 1}), "'brightness' has no option 'slope'; it takes none"),
         (("clip", 1.0, "shapes", {"scal": 1}), "'clip' has no option 'scal'; did you mean 'scale'"),

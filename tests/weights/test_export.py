@@ -10,8 +10,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastcraft.diffusion.patch import Patch
-from fastcraft.diffusion.text_kv import use_text_kv
 from fastcraft.durable import write_tensors
+from fastcraft.families.unet import use_text_kv
 from fastcraft.trained.lora import UNET_TARGETS, inject_lora
 from fastcraft.weights import export
 from fastcraft.weights.export import ExportError, export_text_encoder, export_unet
