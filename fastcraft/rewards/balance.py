@@ -32,11 +32,11 @@ def balance(images: Tensor, leaf: Tensor, scores: Sequence[Tensor], weights: Seq
     size = sum(abs(weight) for weight in weights)
     for i, (score, weight) in enumerate(zip(scores, weights, strict=True)):
         # Rewards on one tower share its graph, so it is kept until the last of them has gone through.
-        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=i + 1 < len(scores))
-        norm = gradient.float().flatten(1).norm(dim=1).square().mean().sqrt()
+        (pull,) = torch.autograd.grad(score.sum(), leaf, retain_graph=i + 1 < len(scores))
+        norm = pull.float().flatten(1).norm(dim=1).square().mean().sqrt()
         factor = torch.where(norm == 0, 0.0, weight / size / norm)
         total = total + factor * score.detach()
-        gradient = gradient + factor * gradient
+        gradient = gradient + factor * pull
     return _Surrogate.apply(images, total, gradient)
 
 
